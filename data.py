@@ -1,0 +1,362 @@
+"""From text to batches: the tokenizer, the one template, the file formats, the split, the masks, the sampler.
+
+1. read_records turns any file into records {"prompt", "chosen", "rejected"}, the prompt rendered in the template
+2. split_records gives each of the three steps its own conversations, by a hash of the first question
+3. encode_* turns a record into ids that fit; what does not fit is cut or dropped by rule, and counted
+4. batches groups rows of like length, in another order every epoch; collate_* pads them into tensors
+
+How a padded batch looks ("_" is padding: id 0 under mask 0; b BOS, e EOS, p prompt, r response):
+
+    SFT and reward, padded right          PPO, prompts padded left, so every response starts at column P
+    ids     b p p p r r e _ _             ids     _ _ b p p p | r r e _        column t of the logits predicts
+    mask    1 1 1 1 1 1 1 0 0             mask    0 0 1 1 1 1 | 1 1 1 0        token t + 1, so logits[:, P-1:T-1]
+    labels  . . . . r r e . .             column  0 1 2 3 4 5 | P ...          predict the response
+            (. is -100: no loss there)
+"""
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from llama import BadInput, LlamaConfig
+from lora import resolve
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+class Tokenizer:
+    """A SentencePiece tokenizer.model, from a file or the folder that holds it. Special ids are read from it."""
+
+    def __init__(self, path):
+        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError):
+            found = "is not a SentencePiece model" if file.exists() else "there is no such file"
+            raise BadInput(f"{file}: {found}; a LLaMA folder brings its tokenizer.model") from None
+        self.bos_id, self.eos_id, self.vocab_size = self.model.bos_id(), self.model.eos_id(), len(self.model)
+        if min(self.bos_id, self.eos_id) < 0:
+            raise BadInput(f"{file}: has no BOS or no EOS; a LLaMA tokenizer has both")
+
+    def encode(self, text):
+        """Ids of a text, without BOS and EOS; the same call for every text of every stage."""
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode(ids)
+
+    def pieces(self):
+        """All words, in the order of their ids: two tokenizers are the same if these are."""
+        return self.model.id_to_piece(list(range(self.vocab_size)))
+
+
+def open_tokenizer(path, base=None, longest=0):
+    """(tokenizer, config, folder of the tokenizer) of a model folder, an adapter's own tokenizer before its base's.
+
+    The checks that need no weights: BadInput where the network has fewer words than the tokenizer, or a context
+    shorter than `longest`. config gets the tokenizer's BOS and EOS, which are believed where config.json differs."""
+    full, adapter = resolve(path, base)
+    folder = adapter if adapter is not None and (adapter / "tokenizer.model").exists() else full
+    tokenizer, config = Tokenizer(folder), LlamaConfig.from_pretrained(full)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} only "
+                       f"{config.vocab_size}; they do not belong together")
+    if longest > config.max_position_embeddings:
+        raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, or --max-prompt + --max-new), the model's "
+                       f"context is {config.max_position_embeddings}")
+    ids = (tokenizer.bos_id, tokenizer.eos_id)
+    if ids != (config.bos_token_id, config.eos_token_id):
+        print(f"note: {full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
+              f"tokenizer.model has {ids[0]}, {ids[1]}, which are used", file=sys.stderr)
+    config.bos_token_id, config.eos_token_id = ids
+    return tokenizer, config, folder
+
+
+# ------------------------------------------------------------------------------------------------ template
+def parse_turns(text, before=r"(?:^|\n\n)"):
+    """A transcript as [(role, text)], role Human or Assistant. What stands before the first turn is a system text; a
+    text with no Human turn is one question."""
+    head, *parts = re.split(before + r"\s*(Human|Assistant):", text)
+    turns = list(zip(parts[::2], parts[1::2]))
+    if not any(role == "Human" for role, _ in turns):
+        return [("Human", text.strip())]
+    return clean_turns([("System", head)] * bool(head.strip()) + turns)
+
+
+def clean_turns(turns):
+    """Strips each text, puts a system text before the next question with a blank line, drops answers to nothing."""
+    cleaned, system = [], ""
+    for role, text in turns:
+        if role == "System":
+            system += text.strip() + "\n\n"
+        elif role == "Human" or cleaned:
+            cleaned.append((role, (system + text.strip()) if role == "Human" else text.strip()))
+            system = "" if role == "Human" else system
+    return cleaned
+
+
+def render(turns):
+    """The one template: turns (role, text) as the prompt that asks for the next answer."""
+    if turns[-1] == ("Assistant", ""):
+        turns = turns[:-1]
+    return "".join(f"\n\n{role}: {text}" for role, text in turns) + "\n\nAssistant:"
+
+
+# ------------------------------------------------------------------------------------------------ file formats
+def read_records(path, tally=None):
+    """All records of a file: JSON array or JSON lines, gzipped or not, or .parquet; kinds of rows as in row_records.
+
+    tally, a Counter, counts what was dropped. BadInput names the file and line of what cannot be read."""
+    tally = Counter() if tally is None else tally
+    records = []
+    for where, row in read_rows(Path(path)):
+        try:
+            records += row_records(row, tally)
+        except BadInput as error:
+            raise BadInput(f"{path}:{where}: {error}") from None
+    if not records:
+        raise BadInput(f"{path}: holds no usable rows")
+    return records
+
+
+def read_rows(path):
+    """Yields (line or row number, row) of a file; the content decides, not the ending."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if raw[:4] == b"PAR1":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        return
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    if text.lstrip()[:1] == "[":
+        try:
+            yield from enumerate(json.loads(text), 1)
+        except ValueError as error:
+            raise BadInput(f"{path}: is not JSON ({error})") from None
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{path}:{number}: is not JSON ({error})") from None
+
+
+def row_records(row, tally):
+    """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
+    if not isinstance(row, dict):
+        raise BadInput(f"is a {type(row).__name__}, expected an object with named fields")
+    has = row.keys().__contains__
+    if has("chosen") and has("rejected"):
+        if has("prompt"):                                                            # rm-static
+            return [record(parse_turns(text(row, "prompt")), text(row, "chosen"), text(row, "rejected"))]
+        chosen, rejected = parse_turns(text(row, "chosen")), parse_turns(text(row, "rejected"))      # hh-rlhf
+        if chosen[-1][0] != "Assistant" or rejected[-1][0] != "Assistant":
+            raise BadInput("chosen and rejected stand without a prompt, so each must be a transcript of \"Human:\" and "
+                           "\"Assistant:\" turns that ends with an answer")
+        if chosen[:-1] != rejected[:-1]:
+            tally["pairs whose transcripts differ before the last answer"] += 1
+            return []
+        return [record(chosen[:-1], chosen[-1][1], rejected[-1][1])]
+    if has("messages"):
+        return conversation(row, "messages", "role", "content")
+    if has("conversations"):                                                         # ShareGPT
+        return conversation(row, "conversations", "from", "value")
+    if has("history") and has("human_ref_A") and has("human_ref_B") and has("labels"):             # SHP: 1 prefers A
+        if row["labels"] not in (0, 1):
+            raise BadInput(f"labels is {row['labels']!r}, expected 0 or 1")
+        better, worse = ("human_ref_A", "human_ref_B") if row["labels"] == 1 else ("human_ref_B", "human_ref_A")
+        return [record(parse_turns(text(row, "history")), text(row, better), text(row, worse))]
+    if has("instruction") and has("output"):                                         # Alpaca
+        question, extra = text(row, "instruction"), text(row, "input") if row.get("input") else ""
+        if question.lstrip().startswith("Human:"):                                   # multi-turn Alpaca
+            return [record(parse_turns(question, before=r"(?:^|\s)"), text(row, "output"))]
+        question = question.strip() + ("\n" + extra.strip() if extra.strip() else "")
+        return [record([("Human", question)], text(row, "output"))]
+    if has("prompt"):
+        return [record(parse_turns(text(row, "prompt")), text(row, "chosen") if has("chosen") else None)]
+    if has("text"):                                                                  # no template: pre-training text
+        return [{"prompt": "", "chosen": text(row, "text").strip(), "rejected": None}]
+    raise BadInput(f"has the fields {sorted(row)}, which are no kind of row that is known here (see README, data)")
+
+
+def record(turns, chosen, rejected=None):
+    return {"prompt": render(turns), "chosen": chosen if chosen is None else chosen.strip(),
+            "rejected": rejected if rejected is None else rejected.strip()}
+
+
+def text(row, key):
+    if not isinstance(row[key], str):
+        raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
+    return row[key].encode("utf-8", "replace").decode("utf-8")                       # half a surrogate pair is no text
+
+
+def conversation(row, key, role_key, text_key):
+    """One record per assistant turn, each with what stands before it as its prompt."""
+    roles = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
+    if not isinstance(row[key], list) or not all(isinstance(m, dict) and {role_key, text_key} <= m.keys() for m in row[key]):
+        raise BadInput(f"{key} must be a list of objects with {role_key} and {text_key}")
+    for message in row[key]:
+        if message[role_key] not in roles:
+            raise BadInput(f"{key}: unknown {role_key} {message[role_key]!r}; known are {', '.join(roles)}")
+    turns = clean_turns([(roles[m[role_key]], text(m, text_key)) for m in row[key]])
+    return [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
+
+
+# ------------------------------------------------------------------------------------------------ split
+def split_records(records, weights, phase, seed):
+    """The records of one phase, whose shares are the weights. A conversation's side is a hash of its first question, so
+    no question stands on two sides, and every step and rank sees the same division."""
+    low, high, whole = sum(weights[:phase]), sum(weights[:phase + 1]), sum(weights)
+
+    def place(row):
+        question = next((t for role, t in parse_turns(row["prompt"]) if role == "Human"), "") or row["chosen"] or ""
+        digest = hashlib.sha256(f"{seed}:{question}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64 * whole
+
+    return [row for row in records if low <= place(row) < high]
+
+
+def load_records(files, phase, split, seed, eval_files, eval_share, tally):
+    """(training, held-out) records of a phase from several files. split, such as (4, 4, 2), divides only files of pairs,
+    which all three steps can use; None gives everything. Without eval_files a share of the conversations is held out."""
+    records = []
+    for file in files:
+        rows = read_records(file, tally)
+        pairs = any(row["rejected"] is not None for row in rows)
+        records += split_records(rows, split, phase, seed) if split and pairs else rows
+    if eval_files:
+        return records, [row for file in eval_files for row in read_records(file, tally)]
+    sides = (1 - eval_share, eval_share)
+    return tuple(split_records(records, sides, side, f"{seed} held out") for side in (0, 1))
+
+
+# ------------------------------------------------------------------------------------------------ ids that fit
+def prompts_by_length(tokenizer, prompt):
+    """Yields the ids of the prompt, whole and then without its oldest turns, down to the last question; all with BOS."""
+    turns = parse_turns(prompt)
+    for start in (i for i, (role, _) in enumerate(turns) if role == "Human"):
+        yield [tokenizer.bos_id] + tokenizer.encode(render(turns[start:]) if start else prompt)
+
+
+def fit_prompt(tokenizer, prompt, room, tally):
+    """The longest form of the prompt of at most `room` ids; (ids, True), or (those of the last question, False)."""
+    for lost, ids in enumerate(prompts_by_length(tokenizer, prompt) if prompt else [[tokenizer.bos_id]]):
+        if len(ids) <= room:
+            tally["prompts that lost their oldest turns"] += lost > 0
+            return ids, True
+    return ids, False
+
+
+def encode_prompt(tokenizer, record, max_len, tally=None):
+    """Ids of the prompt with BOS, at most max_len, or None where the last question alone does not fit."""
+    tally = Counter() if tally is None else tally
+    ids, fits = fit_prompt(tokenizer, record["prompt"], max_len, tally)
+    tally["rows dropped: the last question does not fit"] += not fits
+    return ids if fits else None
+
+
+def encode_sft(tokenizer, record, max_len, tally=None):
+    """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. The answer is kept before old turns of the
+    prompt; one that is too long even so is cut, and gets no EOS: nobody should learn to stop in mid-sentence."""
+    tally = Counter() if tally is None else tally
+    answer = tokenizer.encode((record["chosen"] or "").strip())
+    if not answer:
+        tally["rows dropped: no answer"] += 1
+        return None
+    answer = answer + [tokenizer.eos_id]
+    prompt, fits = fit_prompt(tokenizer, record["prompt"], max_len - len(answer), tally)
+    if len(prompt) >= max_len:
+        tally["rows dropped: the last question does not fit"] += 1
+        return None
+    tally["answers cut"] += not fits
+    return (prompt + answer)[:max_len], len(prompt)
+
+
+def encode_pair(tokenizer, record, max_len, tally=None):
+    """(chosen_ids, rejected_ids, n_prompt) with one prompt, cut for the longer answer, or None: a pair is never cut."""
+    tally = Counter() if tally is None else tally
+    chosen, rejected = (tokenizer.encode((record[k] or "").strip()) for k in ("chosen", "rejected"))
+    if not chosen or not rejected or chosen == rejected:
+        tally["pairs dropped: " + ("identical" if chosen and chosen == rejected else "an answer is empty")] += 1
+        return None
+    chosen, rejected = chosen + [tokenizer.eos_id], rejected + [tokenizer.eos_id]
+    prompt, fits = fit_prompt(tokenizer, record["prompt"], max_len - max(len(chosen), len(rejected)), tally)
+    tally["pairs dropped: too long"] += not fits
+    return (prompt + chosen, prompt + rejected, len(prompt)) if fits else None
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def batches(lengths, batch, seed, epoch):
+    """Lists of `batch` row numbers, of like length within each list (little padding) and in another order every epoch.
+    The rows left over at the end sit this epoch out; which ones changes with the epoch."""
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order = order[:len(order) // batch * batch]
+    pool = 50 * batch                                              # sort within pools: like lengths, yet random company
+    order = [i for at in range(0, len(order), pool) for i in sorted(order[at:at + pool], key=lambda i: lengths[i])]
+    groups = [order[at:at + batch] for at in range(0, len(order), batch)]
+    rng.shuffle(groups)
+    return groups
+
+
+def stream(lengths, batch, seed, start=0):
+    """Yields (epoch, row numbers), batch after batch of epoch after epoch without end, from the start-th batch on."""
+    per_epoch = len(lengths) // batch
+    for epoch in itertools.count(start // per_epoch):
+        yield from ((epoch, rows) for rows in batches(lengths, batch, seed, epoch)[start % per_epoch:])
+        start = 0
+
+
+def deal(rows, rank, world, micro):
+    """This rank's share of a global batch, in micro-batches. Dealt like cards: ranks get like lengths, and together
+    exactly the batch, however many ranks and micro-batches there are."""
+    mine = rows[rank::world]
+    return [mine[at:at + micro] for at in range(0, len(mine), micro)]
+
+
+def pad(rows, left=False):
+    """ids and mask (B,T) of lists of ids of different lengths, padded on the right or left."""
+    T = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = slice(T - len(row), T) if left else slice(len(row))
+        ids[i, columns], mask[i, columns] = torch.tensor(row), True
+    return ids, mask
+
+
+def collate_sft(rows):
+    """[(ids, n_prompt)] -> ids, mask, labels (B,T); labels are the ids of the response and EOS, -100 elsewhere."""
+    ids, mask = pad([row for row, _ in rows])
+    n_prompt = torch.tensor([n for _, n in rows])[:, None]
+    return ids, mask, ids.masked_fill(~mask | (torch.arange(ids.shape[1]) < n_prompt), -100)
+
+
+def collate_pairs(rows):
+    """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), the chosen first, and starts (B,), the column where
+    the two first differ."""
+    ids, mask = pad([chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows])
+    starts = [next(t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b) for chosen, rejected, _ in rows]
+    return ids, mask, torch.tensor(starts)
+
+
+def collate_prompts(rows):
+    """[ids] -> ids, mask (B,P), padded on the left, so that every response starts at column P."""
+    return pad(rows, left=True)

@@ -1,0 +1,459 @@
+"""The LLaMA network from scratch: the model, its KV cache, decoding, and reading and writing Hugging Face folders.
+
+A decoder-only transformer (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288), layer by layer:
+1. embed the ids
+2. in each layer: RMSNorm, attention with rotary positions, add; RMSNorm, SwiGLU, add
+3. a last RMSNorm, then the head gives one logit per word of the vocabulary
+
+Shapes, here and in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head
+size, V vocabulary. `mask` (B,T) says which ids are real; nothing is ever inferred from the value of an id.
+
+    model = Llama.from_pretrained("some/llama/folder")
+    response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)
+"""
+import json
+import math
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+
+class BadInput(ValueError):
+    """Something a user did: the message is one line that names the file or flag, what was found, and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+@dataclass
+class LlamaConfig:
+    """The keys of config.json that define the network, by Hugging Face's names; the defaults are LLaMA-7B's."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096                  # C
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32            # H
+    num_key_value_heads: int | None = None   # H for multi-head attention, fewer for grouped-query attention
+    head_dim: int | None = None              # D, C / H where not given
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None         # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Reads path/config.json as transformers 4 and 5 write it; what would change the result unnoticed is BadInput."""
+        where = Path(path) / "config.json"
+        raw = read_json(where)
+        if raw.get("model_type") != "llama":
+            raise BadInput(f"{where}: model_type is {raw.get('model_type')!r}; only \"llama\" can be read")
+        for key, known in (("hidden_act", "silu"), ("sliding_window", None), ("quantization_config", None)):
+            if raw.get(key, known) not in (known, None):
+                raise BadInput(f"{where}: {key} {raw[key]!r} is not supported (expected {known!r})")
+        # transformers 5 puts all of rope under one key; a reader of the old keys alone would fall back to theta 10,000
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        kind = rope.pop("type", None)
+        kind = rope.setdefault("rope_type", kind or "default")
+        theta = rope.pop("rope_theta", raw.get("rope_theta") or cls.rope_theta)
+        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise BadInput(f"{where}: rope type {kind!r} is not supported (there are default, linear and llama3)")
+        wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                                                   "original_max_position_embeddings"]}.get(kind, [])
+        if missing := [key for key in wanted if not isinstance(rope.get(key), (int, float))]:
+            raise BadInput(f"{where}: rope scaling {kind!r} lacks a number for {', '.join(missing)}")
+        names = {f.name for f in fields(cls)}
+        values = {k: v for k, v in raw.items() if k in names and v is not None}
+        values |= {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+        config = cls(**values)
+        config.check(where)
+        return config
+
+    def check(self, where):
+        """Raises BadInput where a size is no positive whole number or the head sizes do not fit together."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, int | None) and "token_id" not in f.name and (type(value) is not int or value < 1):
+                raise BadInput(f"{where}: {f.name} is {value!r}, expected a positive whole number")
+            if f.type is float and (type(value) not in (int, float) or value <= 0):
+                raise BadInput(f"{where}: {f.name} is {value!r}, expected a positive number")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise BadInput(f"{where}: {self.num_attention_heads} heads, {self.num_key_value_heads} key/value heads of "
+                           f"size {self.head_dim}: the first must divide by the second, and the size by 2")
+
+    def to_dict(self, architecture="LlamaForCausalLM", dtype=torch.float32):
+        """The dictionary for config.json, with the keys of transformers 4, which transformers 5 reads too."""
+        # transformers pools a score at the last id that is not pad, so pad is the unknown word and never EOS
+        labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}
+        return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu",
+                "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self),
+                **(labels if "SequenceClassification" in architecture else {})}
+
+
+def read_json(path):
+    """The dictionary in a JSON file; BadInput where there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ the network
+class Linear(nn.Linear):
+    """nn.Linear that starts at normal(0, 0.02), and draws nothing on the meta device: torch would import its compiler
+    for that, a second and 70 MB at every start."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the root mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_frequencies(config, device):
+    """Angle per position of each of the D/2 pairs, float32 (Su et al. 2021, arXiv 2104.09864), scaled for long texts.
+
+    Computed anew from the config each time: as a buffer it would be rounded with the model to bfloat16."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    freqs = 1.0 / config.rope_theta ** exponents                                        # (D/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling["rope_type"] == "linear":
+        return freqs / scaling["factor"]
+    # llama3: long waves are slowed by the factor, short ones kept, those between blended
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)         # within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * keep + freqs / scaling["factor"] * (1 - keep)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B,heads,T,D) by cos, sin (B,1,T,D/2); pairs are (i, i + D/2), Hugging Face's layout."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class KVCache:
+    """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled."""
+
+    def __init__(self, config, batch, columns, dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Writes k, v (B,Hkv,T,D) behind what is there and returns everything so far, as views."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        size, bias, self.D, self.index = config.hidden_size, config.attention_bias, config.head_dim, index
+        self.q_proj = Linear(size, config.num_attention_heads * self.D, bias=bias)
+        self.k_proj = Linear(size, config.num_key_value_heads * self.D, bias=bias)
+        self.v_proj = Linear(size, config.num_key_value_heads * self.D, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * self.D, size, bias=bias)
+
+    def forward(self, x, cos, sin, allowed, cache=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                     # (B, H, T, D), (B, Hkv, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)                           # (B, Hkv, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (Shazeer 2020, arXiv 2002.05202)
+
+
+class Layer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config, index), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, allowed, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, allowed, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """ids (B,T), mask (B,T) -> hidden states (B,T,C) after the last norm. The language model and the reward model
+    both stand on it. With a cache, ids are the newest T of the mask's S columns."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False           # recompute each layer in the backward pass instead of keeping it in memory
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        if not self.embed_tokens.weight.is_meta:
+            nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, mask, cache=None):
+        T, S = ids.shape[1], mask.shape[1]
+        mask = mask.bool()
+        x = self.embed_tokens(ids)                                                                  # (B, T, C)
+        # padding takes no position, so a text has the same positions alone and left-padded in a batch
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]                                    # (B, T)
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)            # (B, 1, T, D/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        columns = torch.arange(S, device=ids.device)
+        rows = columns[S - T:, None]
+        # a padded row may see itself, or its softmax over nothing would be NaN; nobody ever sees it
+        allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)                  # (B, 1, T, S)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                # non-reentrant: gradients flow even where the input needs none (frozen embedding, only LoRA trained)
+                x = checkpoint(layer, x, cos, sin, allowed, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, allowed, cache)
+        if cache is not None:
+            cache.length = S
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model: `model` is the transformer, `lm_head` the head; the state-dict keys are Hugging Face's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.n_words = config.vocab_size     # ids from here on are never sampled; set to the tokenizer's where it has fewer
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids, mask, at=None):
+        """Logits (B,T,V) of the next id; with at (B,T) bool only those at these places, (N,V) in row-major order:
+        the head is most of the work of a small model, and training needs it at few places."""
+        hidden = self.model(ids, mask)
+        return self.lm_head(hidden if at is None else hidden[at])
+
+    @torch.no_grad()
+    def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, uniforms=None,
+               together=False):
+        """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P); 0 after a row's eos_id.
+
+        Ends after max_new_tokens, or when the last row has ended. temperature 0 is greedy; top_k 0 and top_p 1 are off;
+        uniforms (B,max_new_tokens) in [0,1) are each row's random numbers, drawn from torch's generator where not given.
+        together: every rank takes as many steps as the longest (ZeRO-3 gathers weights inside the module calls)."""
+        B, P = ids.shape
+        weight = self.model.norm.weight
+        cache = KVCache(self.config, B, P + max_new_tokens, weight.dtype, ids.device)
+        mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
+        if uniforms is None and temperature > 0:
+            uniforms = torch.rand(B, max_new_tokens, device=ids.device)
+        alive = torch.ones(B, dtype=torch.bool, device=ids.device)
+        for t in range(max_new_tokens):
+            hidden = self.model(ids, mask[:, :P + t], cache)[:, -1]                     # the prompt once, then one id
+            logits = self.lm_head(hidden)[:, :self.n_words].float()                     # (B, V)
+            new = sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[:, t])
+            new = new.where(alive, torch.zeros_like(new))
+            yield new
+            alive = alive if eos_id is None else alive & (new != eos_id)
+            if not any_alive(alive, together):
+                return
+            ids = new[:, None]
+
+    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, uniforms=None,
+                 together=False):
+        """decode, collected: response_ids (B,R), response_mask (B,R), which includes a row's eos_id; id 0, mask 0 after."""
+        steps = list(self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together))
+        response = torch.stack(steps, dim=1) if steps else ids[:, :0]                   # (B, R)
+        ends = response == eos_id if eos_id is not None else torch.zeros_like(response, dtype=torch.bool)
+        response_mask = (ends.cumsum(1) - ends.long()) == 0                             # no end before this column
+        longest = int(response_mask.any(0).sum())                  # other ranks may have gone on (together)
+        return response[:, :longest], response_mask[:, :longest]
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Reads a full Hugging Face folder; BadInput where a file is missing, broken or does not fit the config."""
+        if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
+            raise BadInput(f"{path}: is an adapter, not a full model; read it with lora.load_model")
+        config = LlamaConfig.from_pretrained(path)
+        with torch.device("meta"):           # no memory until to_empty, and no time spent on random numbers
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        model.tie_weights()                  # to_empty parts them
+        return load_weights(model, path)
+
+    def save_pretrained(self, path):
+        """Writes config.json and safetensors; transformers' AutoModelForCausalLM loads the folder."""
+        save_weights(self, path, self.config.to_dict("LlamaForCausalLM", self.lm_head.weight.dtype))
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+def sample(logits, temperature, top_k, top_p, uniforms):
+    """One id per row, (B,), from float32 logits (B,V): the first whose cumulative probability exceeds the row's uniform.
+
+    Exact, and many times faster than torch.multinomial over 32,000 words; a row's result depends on no other row."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k > 0:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:                            # the smallest set of words that holds at least top_p (arXiv 1904.09751)
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        outside = probs.cumsum(-1) - probs >= top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
+    cumulative = logits.softmax(-1).cumsum(-1)                                          # (B, V)
+    total = cumulative[:, -1:]               # 1 up to rounding; strictly below it a word of probability 0 is never met
+    target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def any_alive(alive, together):
+    """Whether a row is still going on, on this rank or (together) on any."""
+    flag = alive.any()
+    if together and dist.is_initialized():
+        flag = flag.int()
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+SHARD_BYTES = 5 * 10**9
+
+
+def find_tensors(path):
+    """name -> file for the weights in a folder: safetensors or pytorch_model.bin, whole or in shards with an index."""
+    path = Path(path)
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (path / stem).exists():
+            return dict.fromkeys(read_tensor(path / stem), path / stem)
+        index = path / f"{stem}.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise BadInput(f"{index}: has no weight_map")
+            for file in set(map(str, weight_map.values())):
+                if Path(file).name != file or not (path / file).exists():
+                    raise BadInput(f"{index}: names the shard {file!r}, which is not in the folder; copy it again")
+            return {name: path / file for name, file in weight_map.items()}
+    raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
+
+
+def read_tensor(file, name=None):
+    """One tensor of a weight file, or with no name the list of its names; no pickled code is ever run.
+
+    Each call maps the file anew: mapped pages count as resident, and one map for all would peak at twice the model."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_tensor(name) if name else list(weights.keys())
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return weights[name] if name else list(weights)
+    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged or not what its name says") from None
+
+
+def load_weights(module, path, optional=()):
+    """Fills every parameter of module from the folder, tensor by tensor, cast into the parameter's own memory; only
+    an optional one may be missing there."""
+    files = find_tensors(path)
+    parameters = {n: p for n, p in module.named_parameters() if n in files or n not in optional}
+    if missing := sorted(set(parameters) - set(files)):
+        hint = " (it is a reward model)" if "score.weight" in files else ""
+        raise BadInput(f"{path}: lacks {len(missing)} of the weights it should hold, such as {missing[0]}{hint}")
+    # old folders carry the rotary table, tied ones the head a second time; anything else would be dropped in silence
+    extra = [n for n in files if n not in parameters and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"]
+    if extra:
+        raise BadInput(f"{path}: holds {len(extra)} weights that its config.json has no place for, such as {extra[0]}")
+    for name, parameter in parameters.items():
+        tensor = read_tensor(files[name], name)
+        if tensor.shape != parameter.shape:
+            raise BadInput(f"{files[name]}: {name} is {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}")
+        parameter.data.copy_(tensor)
+    return module
+
+
+def save_weights(module, path, config):
+    """Writes config (a dictionary) and the parameters of module as safetensors, in shards above 5 GB."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shards, size = [[]], 0
+    for name, parameter in module.named_parameters():              # a tied head is the same parameter, and named once
+        size += parameter.nbytes
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = parameter.nbytes
+        shards[-1].append((name, parameter))
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards):
+        save_file({n: p.detach().cpu().contiguous() for n, p in shard}, path / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(p.nbytes for s in shards for _, p in s)},
+                 "weight_map": {n: file for file, shard in zip(names, shards) for n, _ in shard}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_tokenizer(source, path):
+    """Copies the tokenizer's files from one folder to another, and adds what AutoTokenizer needs to give the same ids."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (Path(source) / name).exists():
+            (path / name).write_bytes((Path(source) / name).read_bytes())
+    if not (path / "tokenizer_config.json").exists():
+        (path / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+            "add_bos_token": True, "add_eos_token": False}, indent=2) + "\n")

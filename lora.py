@@ -1,0 +1,285 @@
+"""LoRA by hand: low-rank adapters beside frozen weights (Hu et al. 2021, arXiv 2106.09685), many on one base.
+
+1. add_lora puts beside each chosen Linear W (out,in) two small matrices A (rank,in) and B (out,rank), B zero
+2. use_adapter chooses by name which pair counts: y = W x + (alpha / rank) B A x; with None, the base alone
+3. merge_lora adds (alpha / rank) B A to W, in float32
+4. save_adapter and load_adapter read and write PEFT's own format
+
+Because W is frozen, one base can carry any number of adapters. That is how PPO's four roles (actor, reference, critic,
+reward) share one LLaMA in memory: a role is the base with the adapter of its name switched on.
+
+    python lora.py runs/sft --out runs/sft-merged      # an adapter folder to a full one
+"""
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from llama import BadInput, Linear, Llama, copy_tokenizer, read_json, read_tensor, save_weights
+
+
+class LoRALinear(nn.Linear):
+    """A Linear whose weight is another's, with named adapters beside it; `active` is the one in use, or None."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        # modules, not bare parameters: ZeRO-3 gathers weights when their module is called
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.scale, self.dropout, self.active = {}, {}, None
+
+    def reset_parameters(self):
+        pass                                                       # the weight is the other's
+
+    def add(self, name, rank, scale, dropout=0.0):
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_A[name] = nn.Linear(self.in_features, rank, bias=False, **like)
+        self.lora_B[name] = nn.Linear(rank, self.out_features, bias=False, **like)
+        nn.init.zeros_(self.lora_B[name].weight)                   # the adapter starts as no change
+        self.scale[name], self.dropout[name] = scale, dropout
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.active is None:
+            return y
+        x = F.dropout(x, self.dropout[self.active], self.training)
+        return y + self.lora_B[self.active](self.lora_A[self.active](x)) * self.scale[self.active]
+
+    def delta(self, name):
+        """The adapter as one matrix (out,in), in float32: in half precision small ones would vanish when added."""
+        return self.lora_B[name].weight.float() @ self.lora_A[name].weight.float() * self.scale[name]
+
+
+# ------------------------------------------------------------------------------------------------ on a model
+def lora_layers(model):
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+
+
+def adapter_parameters(model, name):
+    """The parameters of one adapter, in a fixed order."""
+    return [p for _, layer in lora_layers(model) if name in layer.lora_A
+            for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+
+
+def replace(model, path, layer):
+    """Puts layer in the place that a dotted path names."""
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def attach(model, path, name, rank, scale, dropout=0.0):
+    """Adds one adapter at one Linear, and freezes the base, though not a reward model's score head."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer)
+        replace(model, path, layer)
+    layer.add(name, rank, scale, dropout)
+    return layer
+
+
+def freeze_base(model):
+    for path, parameter in model.named_parameters():
+        if ".lora_" not in path and not path.startswith("score."):
+            parameter.requires_grad_(False)
+
+
+def matches(path, targets):
+    """PEFT's rule: a list names the ends of module paths, a string is a regular expression for the whole path."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith("." + target) for target in targets)
+
+
+def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
+    """Adds an adapter beside every Linear whose path ends in one of targets, freezes the rest, switches it on.
+
+    BadInput where one of the targets matches no layer: nothing would be trained there, silently."""
+    linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in path]
+    for target in targets:
+        if not any(matches(path, [target]) for path in linears):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+            raise BadInput(f"--lora-targets: {target!r} matches no layer; there are {known}")
+    for path in linears:
+        if matches(path, targets):
+            attach(model, path, name, rank, alpha / rank, dropout)
+    freeze_base(model)
+    use_adapter(model, name)
+
+
+def use_adapter(model, name):
+    """Switches the whole model to the adapter of that name, or with None to the base alone. Never between a forward
+    pass and its backward: gradient checkpointing recomputes under whatever is active then, silently wrong."""
+    layers = lora_layers(model)
+    if name is not None and not any(name in layer.lora_A for _, layer in layers):
+        raise ValueError(f"the model has no adapter {name!r}")
+    for _, layer in layers:
+        layer.active = name if name in layer.lora_A else None
+
+
+@torch.no_grad()
+def merge_lora(model, name):
+    """Adds the adapter to the weights, the sum taken in float32, and turns every LoRALinear back into a Linear."""
+    for path, layer in lora_layers(model):
+        if name in layer.lora_A:
+            layer.weight.copy_(layer.weight.float() + layer.delta(name))
+        plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        replace(model, path, plain)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ PEFT's files
+PREFIX = "base_model.model."
+# keys of adapter_config.json that change nothing here, or that load_adapter honours; any other that is set is an error
+KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
+         "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "bias",
+         "init_lora_weights", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
+
+
+def save_adapter(model, path, name, base, task_type):
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT does; base is the path of the base folder,
+    task_type CAUSAL_LM, or SEQ_CLS for a reward model, whose score head goes along."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    layers = [(p, layer) for p, layer in lora_layers(model) if name in layer.lora_A]
+    tensors = {f"{PREFIX}{p}.{part}.weight": getattr(layer, part)[name].weight.detach().float().cpu()
+               for p, layer in layers for part in ("lora_A", "lora_B")}
+    if task_type == "SEQ_CLS":
+        tensors[f"{PREFIX}score.weight"] = model.score.weight.detach().float().cpu()
+    rank = {p: layer.lora_A[name].out_features for p, layer in layers}
+    alpha = {p: layer.scale[name] * rank[p] for p, layer in layers}
+    r, a = next(iter(rank.values())), next(iter(alpha.values()))
+    config = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(Path(base).resolve()),
+              "r": r, "lora_alpha": a, "lora_dropout": max(layer.dropout[name] for _, layer in layers),
+              "target_modules": sorted({p.rpartition(".")[2] for p, _ in layers}), "bias": "none",
+              "rank_pattern": {p: n for p, n in rank.items() if n != r},
+              "alpha_pattern": {p: x for p, x in alpha.items() if x != a},
+              "modules_to_save": ["score"] if task_type == "SEQ_CLS" else None, "inference_mode": True}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter_config(path):
+    """adapter_config.json, refused with BadInput where it asks for something that would change the result here."""
+    where = Path(path) / "adapter_config.json"
+    config = read_json(where)
+    refused = [key for key, value in config.items() if key not in KNOWN and value]
+    if config.get("bias", "none") != "none":
+        refused.append("bias")
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        refused.append("init_lora_weights")                        # pissa, olora and others change the base itself
+    if config.get("peft_type") != "LORA" or set(config.get("modules_to_save") or []) - {"score"}:
+        refused.append("modules_to_save" if config.get("peft_type") == "LORA" else "peft_type")
+    if refused:
+        raise BadInput(f"{where}: {refused[0]} = {config[refused[0]]!r} is not supported; it would change the result")
+    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+        if not isinstance(config.get(key), kind):
+            raise BadInput(f"{where}: {key} is {config.get(key)!r}")
+    return config
+
+
+def by_pattern(patterns, path, default):
+    """PEFT's rank_pattern and alpha_pattern: the first key that the end of the path matches."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+@torch.no_grad()
+def load_adapter(model, path, name):
+    """Attaches the adapter in a PEFT folder under this name, not yet in use; a reward model takes its score head too."""
+    config, file = read_adapter_config(path), adapter_file(path)
+    linears = {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in p}
+    wanted = {p for p in linears if p != "lm_head" and config["target_modules"] == "all-linear"
+              or matches(p, config["target_modules"])} - {"score"}
+    keys = {f"{PREFIX}{p}.{part}.weight" for p in wanted for part in ("lora_A", "lora_B")}
+    if config.get("modules_to_save") and hasattr(model, "score"):
+        keys.add(f"{PREFIX}score.weight")
+    found = {key.replace(".modules_to_save.", "."): key for key in read_tensor(file)}
+    found = {k: v for k, v in found.items() if hasattr(model, "score") or not k.startswith(f"{PREFIX}score.")}
+    if odd := sorted(keys ^ set(found)):
+        raise BadInput(f"{file}: {odd[0]} is {'missing' if odd[0] in keys else 'not a layer of the base'}; "
+                       f"the file is damaged or belongs to another base")
+    read = {key: read_tensor(file, found[key]) for key in keys}
+    for p in sorted(wanted):
+        a, b = (read[f"{PREFIX}{p}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        linear, rank = model.get_submodule(p), by_pattern(config.get("rank_pattern"), p, config["r"])
+        if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
+            raise BadInput(f"{file}: {p} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected rank {rank} for a "
+                           f"weight of {linear.out_features} x {linear.in_features}")
+        alpha = by_pattern(config.get("alpha_pattern"), p, config["lora_alpha"])
+        scale = alpha / rank ** 0.5 if config.get("use_rslora") else alpha / rank
+        layer = attach(model, p, name, rank, scale, config.get("lora_dropout") or 0.0)
+        layer.lora_A[name].weight.copy_(a)
+        layer.lora_B[name].weight.copy_(b)
+    if f"{PREFIX}score.weight" in keys:
+        model.score.weight.copy_(read[f"{PREFIX}score.weight"])
+    freeze_base(model)
+
+
+def adapter_file(path):
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (Path(path) / name).exists():
+            return Path(path) / name
+    raise BadInput(f"{path}: has no adapter_model.safetensors")
+
+
+def resolve(path, base=None):
+    """(the full folder, the adapter folder or None) that a path stands for. An adapter's base is looked for where its
+    config says, then relative to the adapter's folder; base overrides. BadInput where there is no such folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput(f"{path}: there is no such folder")
+    if not (path / "adapter_config.json").exists():
+        return path.resolve(), None
+    named = str(base or read_adapter_config(path).get("base_model_name_or_path") or "")
+    for candidate in (Path(named), path / named):
+        if named and (candidate / "config.json").exists():
+            return candidate.resolve(), path
+    raise BadInput(f"{path}: its base model {named!r} is not there; name its folder with --base")
+
+
+def load_model(path, dtype=torch.float32, device="cpu", base=None):
+    """A Llama from any folder: a full one, or an adapter's with its base, attached as "default" and in use."""
+    full, adapter = resolve(path, base)
+    model = Llama.from_pretrained(full, dtype, device)
+    if adapter is not None:
+        if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
+            raise BadInput(f"{path}: is a reward model's adapter, not a language model's")
+        load_adapter(model, adapter, "default")
+        use_adapter(model, "default")
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Merge an adapter folder into a full Hugging Face folder, in float32.")
+    parser.add_argument("adapter", help="the folder with adapter_config.json")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--base", help="the base model's folder, where it is not where the adapter's config says")
+    args = parser.parse_args()
+    full, adapter = resolve(args.adapter, args.base)
+    if adapter is None:
+        raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
+    model, architecture = Llama.from_pretrained(full), "LlamaForCausalLM"
+    if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
+        model.lm_head, architecture = None, "LlamaForSequenceClassification"
+        model.score = Linear(model.config.hidden_size, 1, bias=False)
+    load_adapter(model, adapter, "default")
+    save_weights(merge_lora(model, "default"), args.out, model.config.to_dict(architecture))
+    copy_tokenizer(adapter if (adapter / "tokenizer.model").exists() else full, args.out)
+    for name in ("generation_config.json", "reward_stats.json"):
+        if (adapter / name).exists():
+            shutil.copy(adapter / name, args.out)
+    print(f"merged {adapter} and {full} into {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

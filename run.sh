@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The front door: ./run.sh WORD. It makes the virtual environment where there is none, installs, and prints what it runs.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+environment() {  # environment REQUIREMENTS...: .venv with these installed; nothing to do where they already are
+    [ -x .venv/bin/python ] || { echo "+ python3 -m venv .venv"; python3 -m venv .venv; }
+    for file in "$@"; do
+        case "$(cat .venv/installed 2>/dev/null)" in
+            *"$file $(cksum < "$file")"*) ;;
+            *) echo "+ pip install -r $file"
+               DS_BUILD_OPS=0 .venv/bin/python -m pip install -q -r "$file"
+               echo "$file $(cksum < "$file")" >> .venv/installed ;;
+        esac
+    done
+}
+
+case "${1:-}" in
+    test)
+        environment requirements.txt tests/requirements.txt
+        shift
+        echo "+ python -m pytest tests $*"
+        exec .venv/bin/python -m pytest tests "$@" ;;
+    bench)
+        environment requirements.txt bench/requirements.txt
+        shift
+        for script in bench/*.py; do echo "+ python $script $*"; .venv/bin/python "$script" "$@"; done ;;
+    *)
+        echo "usage: ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
+        echo "       ./run.sh bench                     times generate, an SFT step and a PPO step"
+        [ "${1:-}" = "" ] || exit 2 ;;
+esac

@@ -1,0 +1,383 @@
+"""Step 1: supervised fine-tuning. The model learns to answer, by imitation of responses only.
+
+1. read the demonstrations, keep this phase's share, hold some conversations out
+2. load the model; with --lora-rank only an adapter beside it is trained
+3. for every batch: cross-entropy of the response tokens and EOS, never of the prompt
+4. before, during and after: the perplexity of held-out responses
+5. write a folder that transformers (or PEFT) loads
+
+    deepspeed sft.py --model LLAMA --data demonstrations.jsonl --out runs/sft                 # all GPUs of this machine
+    deepspeed --num_gpus 1 sft.py --model LLAMA --data a.jsonl b.json --out runs/sft --lora-rank 8
+    python sft.py --model LLAMA --data a.jsonl --out runs/sft                                 # one process, GPU or CPU
+"""
+import argparse
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import collate_sft, deal, encode_sft, load_records, open_tokenizer, stream
+from llama import BadInput, copy_tokenizer
+from lora import add_lora, load_model, lora_layers, resolve, save_adapter
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description="Step 1 of RLHF: supervised fine-tuning on responses only.")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="LLaMA folder, or an adapter folder, which is then trained on")
+    add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
+    add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
+    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
+    add("--lora-targets", default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
+    add("--split", default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
+    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
+    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
+    add("--max-len", type=int, default=512, help="tokens of prompt and response together")
+    add = parser.add_argument_group("training").add_argument
+    add("--out", help="folder to write")
+    add("--overwrite", action="store_true", help="write into a folder that holds another run")
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--steps", type=int, help="optimiser steps, instead of --epochs")
+    add("--batch", type=int, default=32, help="rows per optimiser step, over all ranks")
+    add("--micro-batch", type=int, default=4, help="rows per rank and forward pass")
+    add("--lr", type=float, default=5e-5, help="highest learning rate")
+    add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
+    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
+    add("--eval-every", type=int, default=100, help="steps between held-out evaluations")
+    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    add_engine_flags(parser)
+    return parse(parser, "model", "data", "out")
+
+
+def sft_loss(logits, labels, total=None):
+    """Cross-entropy of logits (N,V) and labels (N,) in float32: the sum over the tokens, divided by total (by default
+    their number). Labels of -100 count nothing."""
+    total = (labels != -100).sum().clamp(min=1) if total is None else total
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / total
+
+
+def response_logits(model, ids, mask, labels):
+    """Logits (N,V) only where a label (N,) is to be predicted, and these labels: column t predicts token t + 1."""
+    wanted = labels[:, 1:] != -100
+    return model(ids, mask, F.pad(wanted, (0, 1))), labels[:, 1:][wanted]
+
+
+def n_labels(rows):
+    """Response tokens of [(ids, n_prompt)]: what a loss over them is divided by."""
+    return sum(len(ids) - n_prompt for ids, n_prompt in rows)
+
+
+@torch.no_grad()
+def perplexity(model, rows, micro_batch, device):
+    """exp(negative log-likelihood per response token) of rows [(ids, n_prompt)], each counted once over all ranks."""
+    model.eval()
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    # every rank takes equally many forward passes (ZeRO-3 waits for all): a filler row is all prompt and counts nothing
+    filler = [(rows[0][0], len(rows[0][0]))] * (-len(rows) % (micro_batch * dist.get_world_size()))
+    nll = 0.0
+    for micro in deal(filler + rows, dist.get_rank(), dist.get_world_size(), micro_batch):
+        ids, mask, labels = (x.to(device) for x in collate_sft(micro))
+        nll += float(sft_loss(*response_logits(model, ids, mask, labels), total=1))
+    return math.exp(sum_over_ranks(nll)[0] / n_labels(rows))
+
+
+def main():
+    args = get_args()
+    rank, world, device, dtype = setup(args)
+
+    # 1. everything that can be wrong is looked at before any weights load, and by all ranks together
+    with together():
+        accumulation = accumulate("--batch", args.batch, args.micro_batch, world)
+        tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
+        tally = Counter()
+        train, held_out = ([row for r in records if (row := encode_sft(tokenizer, r, args.max_len, tally))]
+                           for records in load_records(args.data, 0, args.split, args.seed, args.eval_data,
+                                                       args.eval_share, tally))
+        check_rows(train, held_out, args.batch, tally)
+
+    # 2. the model, and the weights of it that are trained
+    with together():
+        full, adapter = resolve(args.model, args.base)
+        model = load_model(args.model, dtype, device, args.base)
+        if args.lora_rank and adapter:
+            raise BadInput(f"--lora-rank: {args.model} is an adapter already, which is trained on; leave the flag out")
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
+        model.config, model.model.checkpointing = config, args.checkpointing
+        start_run(args, rank)
+    steps = args.steps or args.epochs * (len(train) // args.batch)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = make_engine(args, model, trained, args.lr, steps, args.micro_batch, accumulation, dtype)
+    log = Log(args, steps, rank)
+
+    log.line(step=0, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
+    for step, (epoch, rows) in zip(range(1, steps + 1), stream([len(ids) for ids, _ in train], args.batch, args.seed)):
+        # 3. one global batch, formed before it is dealt, and its loss per response token of the whole of it
+        rows = [train[i] for i in rows]
+        total = n_labels(rows) / (world * accumulation)            # the engine divides by both
+        model.train()
+        lr, nll = engine.get_lr()[0], 0.0
+        for micro in deal(rows, rank, world, args.micro_batch):
+            ids, mask, labels = (x.to(device) for x in collate_sft(micro))
+            loss = sft_loss(*response_logits(engine, ids, mask, labels), total)
+            engine.backward(loss)
+            engine.step()
+            nll += float(loss.detach())
+        # 4. what is logged is the loss of the global batch
+        loss = sum_over_ranks(nll)[0] / (world * accumulation)
+        log.step(sum(len(ids) for ids, _ in rows), epoch=epoch, loss=loss, lr=lr, **engine_metrics(engine))
+        if step % args.eval_every == 0 or step == steps:
+            log.line(step=step, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
+
+    # 5. the folder
+    save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
+    finish()
+
+
+# ------------------------------------------------------------------------------------------------ what all trainers share
+def add_engine_flags(parser):
+    add = parser.add_argument_group("engine").add_argument
+    add("--zero-stage", type=int, default=2, choices=range(4), help="ZeRO: 1 shards optimiser, 2 gradients, 3 weights")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16, else fp16, on a GPU; fp32 on CPU")
+    add("--checkpointing", action="store_true", help="recompute layers in the backward pass: less memory, more time")
+    add("--seed", type=int, default=1234, help="of the split, the order, the new weights and the samples")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)                # the launcher passes it
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def parse(parser, *required):
+    """The flags, with lists split; whatever is wrong with them is BadInput, one line instead of the whole usage."""
+    def fail(message):
+        raise BadInput(f"{message} (see {parser.prog} -h)")
+    parser.error = fail
+    args = parser.parse_args()
+    if missing := [f"--{name}" for name in required if not getattr(args, name)]:
+        fail(f"{', '.join(missing)} must be given")
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1 and name in ("epochs", "steps", "batch", "micro_batch", "max_len", "max_prompt",
+                                                         "max_new", "ppo_epochs", "rollout_batch", "mini_batch",
+                                                         "eval_every", "log_every"):
+            fail(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    try:
+        args.split = None if args.split == "none" else [float(x) for x in args.split.split(",")]
+        if args.split and (len(args.split) != 3 or min(args.split) < 0 or sum(args.split) <= 0):
+            raise ValueError
+    except ValueError:
+        fail(f"--split is {args.split}, expected three shares such as 4,4,2, or none")
+    args.lora_targets = args.lora_targets.split(",")
+    return args
+
+
+def setup(args):
+    """Starts the process group, with the launcher or without; (rank, world, device, dtype)."""
+    if "RANK" not in os.environ:             # plain `python X.py`: DeepSpeed would go looking for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    warnings.filterwarnings("ignore")
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:                    # ranks of one machine share its cores
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))
+    import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not cuda:                             # plain gloo; its shared-memory extension would need a C++ compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    name = args.dtype if args.dtype != "auto" else "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if name == "fp16" and not cuda:
+        raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
+    torch.manual_seed(args.seed)
+    say(f"{Path(sys.argv[0]).name}: {world} process{'es' * (world > 1)} on {device.type}, {name}, ZeRO-{args.zero_stage}")
+    return rank, world, device, DTYPES[name]
+
+
+def say(text):
+    """Prints on rank 0."""
+    if dist.get_rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+@contextmanager
+def together():
+    """If a rank meets BadInput in the body, all raise it, and none is left waiting for it."""
+    mine, errors = None, [None] * dist.get_world_size()
+    try:
+        yield
+    except BadInput as error:
+        mine = str(error)
+    dist.all_gather_object(errors, mine)
+    if any(errors):
+        raise BadInput(next(e for e in errors if e))
+
+
+def sum_over_ranks(*numbers):
+    """The sum over ranks of each number, in float64."""
+    x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(x)
+    return x.tolist()
+
+
+def accumulate(flag, batch, micro, world):
+    """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them."""
+    if batch % (micro * world):
+        raise BadInput(f"{flag} {batch} does not divide by --micro-batch {micro} x {world} process{'es' * (world > 1)}")
+    return batch // (micro * world)
+
+
+def check_rows(train, held_out, batch, tally):
+    """Says what was read, cut and dropped; BadInput where there is too little."""
+    say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
+        + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
+    if len(train) < batch:
+        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of {batch} "
+                       f"(see --split, --max-len and the batch)")
+    if not held_out:
+        raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
+
+
+def start_run(args, rank):
+    """Makes --out and writes args.json; BadInput where it holds another run or cannot be written."""
+    out = Path(args.out)
+    if rank:
+        return
+    old = [f for f in ("args.json", "config.json", "adapter_config.json") if (out / f).exists()]
+    if old and not args.overwrite:
+        raise BadInput(f"--out {out}: holds a run or a model already ({old[0]}); choose another folder, or --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"):
+            (out / name).unlink(missing_ok=True)                   # an adapter_config.json left over would win over a full model
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
+        flags = {**vars(args), "world_size": dist.get_world_size(), "versions": versions}
+        (out / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
+    """A DeepSpeed engine that trains these parameters of model: AdamW, warm-up and cosine over `steps`."""
+    import deepspeed
+    say(f"training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights "
+        f"for {steps:,} steps")
+    # weight decay pulls matrices towards 0; a norm's weight belongs near 1. An empty group would crash DeepSpeed
+    groups = [{"params": [p for p in trained if (p.ndim >= 2) is matrix], "weight_decay": args.weight_decay * matrix}
+              for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+    warmup = max(1, round(args.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warmup) * 0.5 * (
+        1 + math.cos(math.pi * min(1, max(0, n + 1 - warmup) / max(1, steps - warmup + 1)))))
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000},   # elements: 100 MB in bf16
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "gradient_clipping": args.grad_clip,
+        "zero_allow_untested_optimizer": True,                     # torch's AdamW: DeepSpeed's own compiles C++
+        "steps_per_print": 10**9,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+
+
+def engine_metrics(engine):
+    return {"grad_norm": float(engine.get_global_grad_norm() or 0), "skipped": engine.skipped_steps}
+
+
+class Log:
+    """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""
+
+    def __init__(self, args, steps, rank):
+        self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "w")
+        self.bar = tqdm(total=steps, disable=rank > 0 or None, dynamic_ncols=True, unit="step")   # None: only on a terminal
+        self.every, self.steps, self.n, self.tokens, self.since = args.log_every, steps, 0, 0, time.perf_counter()
+
+    def step(self, tokens, **metrics):
+        """After each step: tokens it took in, what it measured."""
+        self.tokens += tokens
+        self.n += 1
+        self.bar.update()
+        if self.n % self.every == 0 or self.n in (1, self.steps):
+            now = time.perf_counter()
+            self.line(step=self.n, **metrics, tokens_per_s=self.tokens / (now - self.since))
+            self.tokens, self.since = 0, now
+
+    def line(self, **metrics):
+        if self.file is None:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+
+
+def gathered(model):
+    """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds them whole."""
+    import deepspeed
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+
+def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
+    """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
+    average: pairs (parameter, its moving average), which then takes the parameter's place."""
+    with gathered(model):
+        for parameter, mean in average:
+            parameter.data.copy_(mean)
+        if rank == 0:
+            task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+            if adapter:
+                save_adapter(model, out, adapter, base, task)
+            else:
+                model.save_pretrained(out)
+            copy_tokenizer(tokenizer_folder, out)
+            if task == "CAUSAL_LM":
+                ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+                (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
+    say(f"wrote {out}")
+
+
+def finish():
+    dist.barrier()                           # without these two, some runs of two CPU ranks abort at exit
+    dist.destroy_process_group()
+
+
+def run(main):
+    """main(); BadInput becomes one line, by rank 0, and exit status 2, on every rank."""
+    try:
+        main()
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():
+            time.sleep(5)                    # the launcher kills rank 0 a second after another has left: let it speak
+        if dist.is_initialized():
+            finish()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
