@@ -20,6 +20,7 @@ import json
 import random
 import re
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -81,13 +82,11 @@ def open_tokenizer(path, base=None, longest=0):
 
 # ------------------------------------------------------------------------------------------------ template
 def parse_turns(text, before=r"(?:^|\n\n)"):
-    """A transcript as [(role, text)], role Human or Assistant. What stands before the first turn is a system text; a
-    text with no Human turn is one question."""
+    """A transcript as [(role, text)]. What stands before the first turn is a system text; no Human turn: one question."""
     head, *parts = re.split(before + r"\s*(Human|Assistant):", text)
-    turns = list(zip(parts[::2], parts[1::2]))
-    if not any(role == "Human" for role, _ in turns):
+    if "Human" not in parts[::2]:
         return [("Human", text.strip())]
-    return clean_turns([("System", head)] * bool(head.strip()) + turns)
+    return clean_turns([("System", head), *zip(parts[::2], parts[1::2])])
 
 
 def clean_turns(turns):
@@ -95,17 +94,18 @@ def clean_turns(turns):
     cleaned, system = [], ""
     for role, text in turns:
         if role == "System":
-            system += text.strip() + "\n\n"
-        elif role == "Human" or cleaned:
-            cleaned.append((role, (system + text.strip()) if role == "Human" else text.strip()))
-            system = "" if role == "Human" else system
+            system += text.strip() + "\n\n" if text.strip() else ""
+        elif role == "Human":
+            cleaned.append((role, system + text.strip()))
+            system = ""
+        elif cleaned:
+            cleaned.append((role, text.strip()))
     return cleaned
 
 
 def render(turns):
     """The one template: turns (role, text) as the prompt that asks for the next answer."""
-    if turns[-1] == ("Assistant", ""):
-        turns = turns[:-1]
+    turns = turns[:-1] if turns[-1] == ("Assistant", "") else turns
     return "".join(f"\n\n{role}: {text}" for role, text in turns) + "\n\nAssistant:"
 
 
@@ -131,7 +131,7 @@ def read_rows(path):
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if raw[:4] == b"PAR1":
         try:
@@ -162,61 +162,58 @@ def row_records(row, tally):
     """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
     if not isinstance(row, dict):
         raise BadInput(f"is a {type(row).__name__}, expected an object with named fields")
-    has = row.keys().__contains__
-    if has("chosen") and has("rejected"):
-        if has("prompt"):                                                            # rm-static
-            return [record(parse_turns(text(row, "prompt")), text(row, "chosen"), text(row, "rejected"))]
-        chosen, rejected = parse_turns(text(row, "chosen")), parse_turns(text(row, "rejected"))      # hh-rlhf
-        if chosen[-1][0] != "Assistant" or rejected[-1][0] != "Assistant":
-            raise BadInput("chosen and rejected stand without a prompt, so each must be a transcript of \"Human:\" and "
-                           "\"Assistant:\" turns that ends with an answer")
-        if chosen[:-1] != rejected[:-1]:
-            tally["pairs whose transcripts differ before the last answer"] += 1
-            return []
-        return [record(chosen[:-1], chosen[-1][1], rejected[-1][1])]
-    if has("messages"):
-        return conversation(row, "messages", "role", "content")
-    if has("conversations"):                                                         # ShareGPT
-        return conversation(row, "conversations", "from", "value")
-    if has("history") and has("human_ref_A") and has("human_ref_B") and has("labels"):             # SHP: 1 prefers A
+    has = row.keys().__ge__
+    if has({"chosen", "rejected", "prompt"}):                                        # rm-static
+        return [record(parse_turns(text(row, "prompt")), text(row, "chosen"), text(row, "rejected"))]
+    if has({"chosen", "rejected"}):                                                  # hh-rlhf: whole transcripts
+        (*chosen, answer), (*rejected, other) = (parse_turns(text(row, key)) for key in ("chosen", "rejected"))
+        if answer[0] != "Assistant" or other[0] != "Assistant":
+            raise BadInput("chosen and rejected stand without a prompt, so each must be a transcript of \"Human:\" "
+                           "and \"Assistant:\" turns that ends with an answer")
+        tally["pairs whose transcripts differ before the last answer"] += chosen != rejected
+        return [record(chosen, answer[1], other[1])] if chosen == rejected else []
+    if has({"messages"}):
+        return conversation(row, "messages", "role", "content", tally)
+    if has({"conversations"}):                                                       # ShareGPT
+        return conversation(row, "conversations", "from", "value", tally)
+    if has({"history", "human_ref_A", "human_ref_B", "labels"}):                     # SHP: label 1 prefers A
         if row["labels"] not in (0, 1):
             raise BadInput(f"labels is {row['labels']!r}, expected 0 or 1")
-        better, worse = ("human_ref_A", "human_ref_B") if row["labels"] == 1 else ("human_ref_B", "human_ref_A")
+        better, worse = ("human_ref_A", "human_ref_B")[::1 if row["labels"] else -1]
         return [record(parse_turns(text(row, "history")), text(row, better), text(row, worse))]
-    if has("instruction") and has("output"):                                         # Alpaca
-        question, extra = text(row, "instruction"), text(row, "input") if row.get("input") else ""
-        if question.lstrip().startswith("Human:"):                                   # multi-turn Alpaca
+    if has({"instruction", "output"}):                                               # Alpaca
+        question, extra = text(row, "instruction").strip(), text(row, "input").strip() if row.get("input") else ""
+        if question.startswith("Human:"):                                            # multi-turn Alpaca
             return [record(parse_turns(question, before=r"(?:^|\s)"), text(row, "output"))]
-        question = question.strip() + ("\n" + extra.strip() if extra.strip() else "")
-        return [record([("Human", question)], text(row, "output"))]
-    if has("prompt"):
-        return [record(parse_turns(text(row, "prompt")), text(row, "chosen") if has("chosen") else None)]
-    if has("text"):                                                                  # no template: pre-training text
+        return [record([("Human", f"{question}\n{extra}".strip())], text(row, "output"))]
+    if has({"prompt"}):
+        return [record(parse_turns(text(row, "prompt")), text(row, "chosen") if has({"chosen"}) else None)]
+    if has({"text"}):                                                                # no template: pre-training text
         return [{"prompt": "", "chosen": text(row, "text").strip(), "rejected": None}]
-    raise BadInput(f"has the fields {sorted(row)}, which are no kind of row that is known here (see README, data)")
+    raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
 
 
 def record(turns, chosen, rejected=None):
-    return {"prompt": render(turns), "chosen": chosen if chosen is None else chosen.strip(),
-            "rejected": rejected if rejected is None else rejected.strip()}
+    return {"prompt": render(turns), "chosen": chosen and chosen.strip(), "rejected": rejected and rejected.strip()}
 
 
 def text(row, key):
     if not isinstance(row[key], str):
         raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
-    return row[key].encode("utf-8", "replace").decode("utf-8")                       # half a surrogate pair is no text
+    return row[key].encode("utf-8", "replace").decode("utf-8")                       # half a surrogate is no text
 
 
-def conversation(row, key, role_key, text_key):
+def conversation(row, key, role_key, text_key, tally):
     """One record per assistant turn, each with what stands before it as its prompt."""
     roles = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
-    if not isinstance(row[key], list) or not all(isinstance(m, dict) and {role_key, text_key} <= m.keys() for m in row[key]):
+    if not isinstance(row[key], list) or not all(isinstance(m, dict) and m.keys() >= {role_key, text_key} for m in row[key]):
         raise BadInput(f"{key} must be a list of objects with {role_key} and {text_key}")
-    for message in row[key]:
-        if message[role_key] not in roles:
-            raise BadInput(f"{key}: unknown {role_key} {message[role_key]!r}; known are {', '.join(roles)}")
+    if unknown := [m[role_key] for m in row[key] if m[role_key] not in list(roles)]:
+        raise BadInput(f"{key}: {role_key} {unknown[0]!r} is none of {', '.join(roles)}")
     turns = clean_turns([(roles[m[role_key]], text(m, text_key)) for m in row[key]])
-    return [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
+    records = [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
+    tally["conversations without an answer"] += not records
+    return records
 
 
 # ------------------------------------------------------------------------------------------------ split
@@ -259,9 +256,9 @@ def fit_prompt(tokenizer, prompt, room, tally):
     """The longest form of the prompt of at most `room` ids; (ids, True), or (those of the last question, False)."""
     for lost, ids in enumerate(prompts_by_length(tokenizer, prompt) if prompt else [[tokenizer.bos_id]]):
         if len(ids) <= room:
-            tally["prompts that lost their oldest turns"] += lost > 0
-            return ids, True
-    return ids, False
+            break
+    tally["prompts that lost their oldest turns"] += lost > 0
+    return ids, len(ids) <= room
 
 
 def encode_prompt(tokenizer, record, max_len, tally=None):

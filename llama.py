@@ -42,8 +42,8 @@ class LlamaConfig:
     num_key_value_heads: int | None = None   # H for multi-head attention, fewer for grouped-query attention
     head_dim: int | None = None              # D, C / H where not given
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rms_norm_eps: int | float = 1e-6
+    rope_theta: int | float = 10000.0
     rope_scaling: dict | None = None         # {"rope_type": "linear" or "llama3", "factor": ..., ...}
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -52,56 +52,51 @@ class LlamaConfig:
     eos_token_id: int | list | None = 2
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads path/config.json as transformers 4 and 5 write it; what would change the result unnoticed is BadInput."""
+        """Reads path/config.json as transformers 4 and 5 write it; keys that are not known are ignored. BadInput
+        where a key would change the result in a way not known here, or makes no sense."""
         where = Path(path) / "config.json"
         raw = read_json(where)
-        if raw.get("model_type") != "llama":
-            raise BadInput(f"{where}: model_type is {raw.get('model_type')!r}; only \"llama\" can be read")
-        for key, known in (("hidden_act", "silu"), ("sliding_window", None), ("quantization_config", None)):
-            if raw.get(key, known) not in (known, None):
-                raise BadInput(f"{where}: {key} {raw[key]!r} is not supported (expected {known!r})")
-        # transformers 5 puts all of rope under one key; a reader of the old keys alone would fall back to theta 10,000
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        kind = rope.pop("type", None)
-        kind = rope.setdefault("rope_type", kind or "default")
-        theta = rope.pop("rope_theta", raw.get("rope_theta") or cls.rope_theta)
-        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            raise BadInput(f"{where}: rope type {kind!r} is not supported (there are default, linear and llama3)")
-        wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                                                   "original_max_position_embeddings"]}.get(kind, [])
-        if missing := [key for key in wanted if not isinstance(rope.get(key), (int, float))]:
-            raise BadInput(f"{where}: rope scaling {kind!r} lacks a number for {', '.join(missing)}")
-        names = {f.name for f in fields(cls)}
-        values = {k: v for k, v in raw.items() if k in names and v is not None}
-        values |= {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+        # transformers 5 puts all of rope under one key; a reader of the old keys alone would fall back to 10,000
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise BadInput(f"{where}: rope_scaling is {rope!r}, expected an object")
+        rope = {"rope_theta": raw.get("rope_theta") or cls.rope_theta, **rope}
+        rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
+        scaling = {"default": [], "linear": ["factor"], "llama3": [
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+        allowed = {"model_type": ["llama"], "hidden_act": ["silu", None], "rope_type": list(scaling),
+                   "partial_rotary_factor": [1, None], "sliding_window": [None], "quantization_config": [None]}
+        for key, values in allowed.items():
+            if (value := (raw | rope).get(key)) not in values:
+                raise BadInput(f"{where}: {key} {value!r} is not supported (there is {', '.join(map(str, values))})")
+        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        values["rope_theta"] = rope.pop("rope_theta")
+        values["rope_scaling"] = rope if kind != "default" else None
+        types = {f.name: f.type for f in fields(cls)} | dict.fromkeys(scaling[kind], int | float)
+        for key in {**values, **dict.fromkeys(scaling[kind])}:
+            value = (rope | values).get(key)
+            below_one = type(value) in (int, float) and value <= 0 and not key.endswith("token_id")
+            if not isinstance(value, types[key]) or below_one:
+                raise BadInput(f"{where}: {key} is {value!r}")
         config = cls(**values)
-        config.check(where)
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise BadInput(f"{where}: num_attention_heads {config.num_attention_heads} must divide by "
+                           f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} by 2")
         return config
-
-    def check(self, where):
-        """Raises BadInput where a size is no positive whole number or the head sizes do not fit together."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, int | None) and "token_id" not in f.name and (type(value) is not int or value < 1):
-                raise BadInput(f"{where}: {f.name} is {value!r}, expected a positive whole number")
-            if f.type is float and (type(value) not in (int, float) or value <= 0):
-                raise BadInput(f"{where}: {f.name} is {value!r}, expected a positive number")
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise BadInput(f"{where}: {self.num_attention_heads} heads, {self.num_key_value_heads} key/value heads of "
-                           f"size {self.head_dim}: the first must divide by the second, and the size by 2")
 
     def to_dict(self, architecture="LlamaForCausalLM", dtype=torch.float32):
         """The dictionary for config.json, with the keys of transformers 4, which transformers 5 reads too."""
         # transformers pools a score at the last id that is not pad, so pad is the unknown word and never EOS
         labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}
-        return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu",
-                "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self),
-                **(labels if "SequenceClassification" in architecture else {})}
+        return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **asdict(self),
+                "torch_dtype": str(dtype)[6:], **(labels if "Classification" in architecture else {})}
 
 
 def read_json(path):
@@ -119,8 +114,8 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------ the network
 class Linear(nn.Linear):
-    """nn.Linear that starts at normal(0, 0.02), and draws nothing on the meta device: torch would import its compiler
-    for that, a second and 70 MB at every start."""
+    """nn.Linear that starts at normal(0, 0.02), and draws nothing on the meta device: torch would import its
+    compiler for that, a second and 70 MB at every start."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -142,25 +137,24 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config, device):
-    """Angle per position of each of the D/2 pairs, float32 (Su et al. 2021, arXiv 2104.09864), scaled for long texts.
-
-    Computed anew from the config each time: as a buffer it would be rounded with the model to bfloat16."""
+    """Angle per position of each of the D/2 pairs (Su et al. 2021, arXiv 2104.09864), scaled for long texts.
+    In float32, computed anew each time: a buffer would be rounded with the model to bfloat16."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    freqs = 1.0 / config.rope_theta ** exponents                                        # (D/2,)
+    freqs = 1.0 / config.rope_theta ** exponents                                # (D/2,)
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
     if scaling["rope_type"] == "linear":
         return freqs / scaling["factor"]
     # llama3: long waves are slowed by the factor, short ones kept, those between blended
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)         # within the original context
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * keep + freqs / scaling["factor"] * (1 - keep)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B,heads,T,D) by cos, sin (B,1,T,D/2); pairs are (i, i + D/2), Hugging Face's layout."""
+    """Rotary embedding of x (B,heads,T,D) by cos, sin (B,1,T,D/2); pairs are (i, i + D/2), as in HF's weights."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -193,10 +187,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, allowed, cache=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                     # (B, H, T, D), (B, Hkv, T, D)
+        q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))         # (B, H or Hkv, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)                           # (B, Hkv, S, D)
+            k, v = cache.extend(self.index, k, v)                               # (B, Hkv, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -210,7 +205,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (Shazeer 2020, arXiv 2002.05202)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU (arXiv 2002.05202)
 
 
 class Layer(nn.Module):
@@ -232,8 +227,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False           # recompute each layer in the backward pass instead of keeping it in memory
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.checkpointing = False           # recompute each layer in the backward pass instead of keeping it
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         if not self.embed_tokens.weight.is_meta:
             nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -242,18 +238,18 @@ class Transformer(nn.Module):
     def forward(self, ids, mask, cache=None):
         T, S = ids.shape[1], mask.shape[1]
         mask = mask.bool()
-        x = self.embed_tokens(ids)                                                                  # (B, T, C)
+        x = self.embed_tokens(ids)                                                          # (B, T, C)
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]                                    # (B, T)
-        angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)            # (B, 1, T, D/2)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]                            # (B, T)
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         columns = torch.arange(S, device=ids.device)
         rows = columns[S - T:, None]
         # a padded row may see itself, or its softmax over nothing would be NaN; nobody ever sees it
-        allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)                  # (B, 1, T, S)
+        allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                # non-reentrant: gradients flow even where the input needs none (frozen embedding, only LoRA trained)
+                # non-reentrant, so that gradients flow where the input needs none (only LoRA is trained)
                 x = checkpoint(layer, x, cos, sin, allowed, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, allowed, cache)
@@ -270,7 +266,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.n_words = config.vocab_size     # ids from here on are never sampled; set to the tokenizer's where it has fewer
+        self.n_words = config.vocab_size     # ids from here on are never sampled: set it to the tokenizer's size
         self.tie_weights()
 
     def tie_weights(self):
@@ -284,23 +280,22 @@ class Llama(nn.Module):
         return self.lm_head(hidden if at is None else hidden[at])
 
     @torch.no_grad()
-    def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, uniforms=None,
-               together=False):
+    def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
+               uniforms=None, together=False):
         """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P); 0 after a row's eos_id.
 
-        Ends after max_new_tokens, or when the last row has ended. temperature 0 is greedy; top_k 0 and top_p 1 are off;
-        uniforms (B,max_new_tokens) in [0,1) are each row's random numbers, drawn from torch's generator where not given.
-        together: every rank takes as many steps as the longest (ZeRO-3 gathers weights inside the module calls)."""
+        Ends after max_new_tokens, or when the last row has ended. temperature 0 is greedy, top_k 0 and top_p 1 are
+        off. uniforms (B,max_new_tokens) in [0,1) are each row's random numbers, drawn from torch's generator where
+        not given. together: all ranks take as many steps as the longest, since ZeRO-3's module calls wait for all."""
         B, P = ids.shape
-        weight = self.model.norm.weight
-        cache = KVCache(self.config, B, P + max_new_tokens, weight.dtype, ids.device)
+        cache = KVCache(self.config, B, P + max_new_tokens, self.model.norm.weight.dtype, ids.device)
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
         if uniforms is None and temperature > 0:
             uniforms = torch.rand(B, max_new_tokens, device=ids.device)
         alive = torch.ones(B, dtype=torch.bool, device=ids.device)
         for t in range(max_new_tokens):
-            hidden = self.model(ids, mask[:, :P + t], cache)[:, -1]                     # the prompt once, then one id
-            logits = self.lm_head(hidden)[:, :self.n_words].float()                     # (B, V)
+            hidden = self.model(ids, mask[:, :P + t], cache)[:, -1]                 # the prompt once, then one id
+            logits = self.lm_head(hidden)[:, :self.n_words].float()                 # (B, V)
             new = sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[:, t])
             new = new.where(alive, torch.zeros_like(new))
             yield new
@@ -309,14 +304,14 @@ class Llama(nn.Module):
                 return
             ids = new[:, None]
 
-    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, uniforms=None,
-                 together=False):
-        """decode, collected: response_ids (B,R), response_mask (B,R), which includes a row's eos_id; id 0, mask 0 after."""
+    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
+                 uniforms=None, together=False):
+        """decode, collected: response_ids and response_mask (B,R); a row's eos_id is its last, id 0 mask 0 follow."""
         steps = list(self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together))
-        response = torch.stack(steps, dim=1) if steps else ids[:, :0]                   # (B, R)
-        ends = response == eos_id if eos_id is not None else torch.zeros_like(response, dtype=torch.bool)
-        response_mask = (ends.cumsum(1) - ends.long()) == 0                             # no end before this column
-        longest = int(response_mask.any(0).sum())                  # other ranks may have gone on (together)
+        response = torch.stack(steps, dim=1) if steps else ids[:, :0]               # (B, R)
+        ends = (response == (-1 if eos_id is None else eos_id)).long()
+        response_mask = ends.cumsum(1) - ends == 0                                  # no end before this column
+        longest = int(response_mask.any(0).sum())                                   # other ranks may have gone on
         return response[:, :longest], response_mask[:, :longest]
 
     @classmethod
@@ -338,22 +333,21 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ sampling
 def sample(logits, temperature, top_k, top_p, uniforms):
-    """One id per row, (B,), from float32 logits (B,V): the first whose cumulative probability exceeds the row's uniform.
-
-    Exact, and many times faster than torch.multinomial over 32,000 words; a row's result depends on no other row."""
+    """One id per row, (B,), from float32 logits (B,V): the first whose cumulative probability exceeds the row's
+    uniform. Exact, many times faster than torch.multinomial over 32,000 words, and no row depends on another."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k > 0:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    if top_p < 1:                            # the smallest set of words that holds at least top_p (arXiv 1904.09751)
+    if top_p < 1:                            # the smallest set of words that holds top_p (arXiv 1904.09751)
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
         outside = probs.cumsum(-1) - probs >= top_p
         outside[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
-    cumulative = logits.softmax(-1).cumsum(-1)                                          # (B, V)
-    total = cumulative[:, -1:]               # 1 up to rounding; strictly below it a word of probability 0 is never met
+    cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
+    total = cumulative[:, -1:]               # 1 up to rounding; strictly below it no word of probability 0 is met
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
@@ -401,7 +395,7 @@ def read_tensor(file, name=None):
         return weights[name] if name else list(weights)
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged or not what its name says") from None
+        raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
 
 
 def load_weights(module, path, optional=()):
@@ -412,14 +406,14 @@ def load_weights(module, path, optional=()):
     if missing := sorted(set(parameters) - set(files)):
         hint = " (it is a reward model)" if "score.weight" in files else ""
         raise BadInput(f"{path}: lacks {len(missing)} of the weights it should hold, such as {missing[0]}{hint}")
-    # old folders carry the rotary table, tied ones the head a second time; anything else would be dropped in silence
-    extra = [n for n in files if n not in parameters and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"]
-    if extra:
+    # old folders carry the rotary table, tied ones the head twice; anything else would be dropped in silence
+    if extra := [n for n in files if n not in parameters and not n.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]:
         raise BadInput(f"{path}: holds {len(extra)} weights that its config.json has no place for, such as {extra[0]}")
     for name, parameter in parameters.items():
         tensor = read_tensor(files[name], name)
         if tensor.shape != parameter.shape:
-            raise BadInput(f"{files[name]}: {name} is {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}")
+            raise BadInput(f"{files[name]}: {name} is {tuple(tensor.shape)}, config.json asks for "
+                           f"{tuple(parameter.shape)}")
         parameter.data.copy_(tensor)
     return module
 
@@ -447,7 +441,7 @@ def save_weights(module, path, config):
 
 
 def copy_tokenizer(source, path):
-    """Copies the tokenizer's files from one folder to another, and adds what AutoTokenizer needs to give the same ids."""
+    """Copies the tokenizer's files, and adds what AutoTokenizer needs to give the same ids where it is missing."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

@@ -22,7 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from llama import BadInput, Linear, Llama, copy_tokenizer, read_json, read_tensor, save_weights
+from llama import (BadInput, Linear, Llama, LlamaConfig, copy_tokenizer, load_weights, read_json, read_tensor,
+                   save_weights)
 
 
 class LoRALinear(nn.Linear):
@@ -74,20 +75,24 @@ def replace(model, path, layer):
     setattr(model.get_submodule(parent), attribute, layer)
 
 
-def attach(model, path, name, rank, scale, dropout=0.0):
-    """Adds one adapter at one Linear, and freezes the base, though not a reward model's score head."""
+def attach(model, path, name, rank, scale, dropout):
+    """Adds an adapter beside one Linear, and freezes the base: all but adapters and a reward model's score head."""
     layer = model.get_submodule(path)
+    if path == "lm_head" and model.config.tie_word_embeddings:
+        raise BadInput("an adapter on lm_head: this model's head is its embedding, which has no place for one")
     if not isinstance(layer, LoRALinear):
         layer = LoRALinear(layer)
         replace(model, path, layer)
     layer.add(name, rank, scale, dropout)
+    for p, parameter in model.named_parameters():
+        if ".lora_" not in p and not p.startswith("score."):
+            parameter.requires_grad_(False)
     return layer
 
 
-def freeze_base(model):
-    for path, parameter in model.named_parameters():
-        if ".lora_" not in path and not path.startswith("score."):
-            parameter.requires_grad_(False)
+def linear_paths(model):
+    """Paths of the layers that an adapter can stand beside."""
+    return [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in p and p != "score"]
 
 
 def matches(path, targets):
@@ -101,7 +106,7 @@ def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
     """Adds an adapter beside every Linear whose path ends in one of targets, freezes the rest, switches it on.
 
     BadInput where one of the targets matches no layer: nothing would be trained there, silently."""
-    linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in path]
+    linears = linear_paths(model)
     for target in targets:
         if not any(matches(path, [target]) for path in linears):
             known = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
@@ -109,7 +114,6 @@ def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
     for path in linears:
         if matches(path, targets):
             attach(model, path, name, rank, alpha / rank, dropout)
-    freeze_base(model)
     use_adapter(model, name)
 
 
@@ -148,40 +152,47 @@ def save_adapter(model, path, name, base, task_type):
     task_type CAUSAL_LM, or SEQ_CLS for a reward model, whose score head goes along."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    layers = [(p, layer) for p, layer in lora_layers(model) if name in layer.lora_A]
-    tensors = {f"{PREFIX}{p}.{part}.weight": getattr(layer, part)[name].weight.detach().float().cpu()
-               for p, layer in layers for part in ("lora_A", "lora_B")}
+    layers = {p: layer for p, layer in lora_layers(model) if name in layer.lora_A}
+    tensors = {f"{PREFIX}{p}.{part}.weight": getattr(layer, part)[name].weight
+               for p, layer in layers.items() for part in ("lora_A", "lora_B")}
     if task_type == "SEQ_CLS":
-        tensors[f"{PREFIX}score.weight"] = model.score.weight.detach().float().cpu()
-    rank = {p: layer.lora_A[name].out_features for p, layer in layers}
-    alpha = {p: layer.scale[name] * rank[p] for p, layer in layers}
-    r, a = next(iter(rank.values())), next(iter(alpha.values()))
+        tensors[f"{PREFIX}score.weight"] = model.score.weight
+    ranks = {p: layer.lora_A[name].out_features for p, layer in layers.items()}
+    alphas = {p: layer.scale[name] * ranks[p] for p, layer in layers.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    targets = sorted({p.rpartition(".")[2] for p in layers})
+    if set(layers) != {p for p in linear_paths(model) if matches(p, targets)}:
+        targets = sorted(layers)                                   # only some layers of a kind: name each
     config = {"peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": str(Path(base).resolve()),
-              "r": r, "lora_alpha": a, "lora_dropout": max(layer.dropout[name] for _, layer in layers),
-              "target_modules": sorted({p.rpartition(".")[2] for p, _ in layers}), "bias": "none",
-              "rank_pattern": {p: n for p, n in rank.items() if n != r},
-              "alpha_pattern": {p: x for p, x in alpha.items() if x != a},
+              "r": rank, "lora_alpha": alpha, "rank_pattern": {p: r for p, r in ranks.items() if r != rank},
+              "alpha_pattern": {p: a for p, a in alphas.items() if a != alpha}, "target_modules": targets,
+              "lora_dropout": max(layer.dropout[name] for layer in layers.values()), "bias": "none",
               "modules_to_save": ["score"] if task_type == "SEQ_CLS" else None, "inference_mode": True}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors", {"format": "pt"})
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_adapter_config(path):
-    """adapter_config.json, refused with BadInput where it asks for something that would change the result here."""
+    """adapter_config.json; BadInput where it asks for what would change the result here, or makes no sense."""
     where = Path(path) / "adapter_config.json"
-    config = read_json(where)
-    refused = [key for key, value in config.items() if key not in KNOWN and value]
-    if config.get("bias", "none") != "none":
-        refused.append("bias")
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian"):
-        refused.append("init_lora_weights")                        # pissa, olora and others change the base itself
-    if config.get("peft_type") != "LORA" or set(config.get("modules_to_save") or []) - {"score"}:
-        refused.append("modules_to_save" if config.get("peft_type") == "LORA" else "peft_type")
-    if refused:
-        raise BadInput(f"{where}: {refused[0]} = {config[refused[0]]!r} is not supported; it would change the result")
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
-        if not isinstance(config.get(key), kind):
-            raise BadInput(f"{where}: {key} is {config.get(key)!r}")
+    config = {"peft_type": None, **read_json(where)}
+    allowed = {"peft_type": ["LORA"], "bias": ["none", None],      # pissa, olora and others change the base itself
+               "init_lora_weights": [True, False, None, "gaussian"]}
+    for key, value in config.items():
+        unknown = key not in KNOWN and value is not False and value not in (None, {}, [], "")
+        elsewhere = key == "modules_to_save" and set(value or []) - {"score", "classifier"}
+        if unknown or elsewhere or value not in allowed.get(key, [value]):
+            raise BadInput(f"{where}: {key} = {value!r} is not supported; it would change the result")
+    try:
+        targets, ranks, alphas = (config.get(key) or {} for key in ("target_modules", "rank_pattern", "alpha_pattern"))
+        for pattern in [*ranks, *alphas, *([targets] if isinstance(targets, str) else targets)]:
+            re.compile(pattern)
+        sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
+        if not config["r"] >= 1 or not targets:
+            raise ValueError(f"r {config['r']}, target_modules {targets}")
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise BadInput(f"{where}: is not a LoRA config that makes sense ({type(error).__name__}: {error})") from None
     return config
 
 
@@ -192,22 +203,23 @@ def by_pattern(patterns, path, default):
 
 @torch.no_grad()
 def load_adapter(model, path, name):
-    """Attaches the adapter in a PEFT folder under this name, not yet in use; a reward model takes its score head too."""
-    config, file = read_adapter_config(path), adapter_file(path)
-    linears = {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in p}
-    wanted = {p for p in linears if p != "lm_head" and config["target_modules"] == "all-linear"
-              or matches(p, config["target_modules"])} - {"score"}
+    """Attaches the adapter in a PEFT folder under this name, not yet in use; a reward model takes its score too."""
+    config, linears = read_adapter_config(path), linear_paths(model)
+    file = next(f for ending in ("safetensors", "bin") if (f := Path(path) / f"adapter_model.{ending}").exists()
+                or ending == "bin")
+    everything = config["target_modules"] == "all-linear"          # PEFT leaves the head out of it
+    wanted = [p for p in linears if (p != "lm_head" if everything else matches(p, config["target_modules"]))]
     keys = {f"{PREFIX}{p}.{part}.weight" for p in wanted for part in ("lora_A", "lora_B")}
-    if config.get("modules_to_save") and hasattr(model, "score"):
+    if hasattr(model, "score"):              # without its head, a reward model's scores would be noise
         keys.add(f"{PREFIX}score.weight")
     found = {key.replace(".modules_to_save.", "."): key for key in read_tensor(file)}
-    found = {k: v for k, v in found.items() if hasattr(model, "score") or not k.startswith(f"{PREFIX}score.")}
-    if odd := sorted(keys ^ set(found)):
-        raise BadInput(f"{file}: {odd[0]} is {'missing' if odd[0] in keys else 'not a layer of the base'}; "
-                       f"the file is damaged or belongs to another base")
-    read = {key: read_tensor(file, found[key]) for key in keys}
-    for p in sorted(wanted):
-        a, b = (read[f"{PREFIX}{p}.{part}.weight"] for part in ("lora_A", "lora_B"))
+    odd = sorted(key for key in keys ^ set(found) if key in keys or not key.startswith(f"{PREFIX}score."))
+    if odd:
+        raise BadInput(f"{file}: {odd[0]} is {'missing' if odd[0] in keys else 'no layer of the base that is named'}"
+                       f"; the file is damaged, or belongs to another base")
+    tensors = {key: read_tensor(file, found[key]) for key in keys}
+    for p in wanted:
+        a, b = (tensors[f"{PREFIX}{p}.{part}.weight"] for part in ("lora_A", "lora_B"))
         linear, rank = model.get_submodule(p), by_pattern(config.get("rank_pattern"), p, config["r"])
         if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
             raise BadInput(f"{file}: {p} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected rank {rank} for a "
@@ -218,15 +230,7 @@ def load_adapter(model, path, name):
         layer.lora_A[name].weight.copy_(a)
         layer.lora_B[name].weight.copy_(b)
     if f"{PREFIX}score.weight" in keys:
-        model.score.weight.copy_(read[f"{PREFIX}score.weight"])
-    freeze_base(model)
-
-
-def adapter_file(path):
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (Path(path) / name).exists():
-            return Path(path) / name
-    raise BadInput(f"{path}: has no adapter_model.safetensors")
+        model.score.weight.copy_(tensors[f"{PREFIX}score.weight"])
 
 
 def resolve(path, base=None):
@@ -265,10 +269,15 @@ def main():
     full, adapter = resolve(args.adapter, args.base)
     if adapter is None:
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
-    model, architecture = Llama.from_pretrained(full), "LlamaForCausalLM"
-    if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
-        model.lm_head, architecture = None, "LlamaForSequenceClassification"
-        model.score = Linear(model.config.hidden_size, 1, bias=False)
+    architecture = "LlamaForCausalLM"
+    if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":  # a reward model: the score in the head's place
+        architecture = "LlamaForSequenceClassification"
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.from_pretrained(full))
+            model.lm_head, model.score = None, Linear(model.config.hidden_size, 1, bias=False)
+        load_weights(model.to_empty(device="cpu"), full, optional=["score.weight"])
+    else:
+        model = Llama.from_pretrained(full)
     load_adapter(model, adapter, "default")
     save_weights(merge_lora(model, "default"), args.out, model.config.to_dict(architecture))
     copy_tokenizer(adapter if (adapter / "tokenizer.model").exists() else full, args.out)

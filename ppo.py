@@ -29,8 +29,9 @@ from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft,
 from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, gathered, make_engine, n_labels,
-                 parse, response_logits, run, save, say, setup, sft_loss, start_run, sum_over_ranks, together)
+from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, gathered, make_engine, names,
+                 n_labels, parse, positive, response_logits, run, save, say, setup, sft_loss, shares, start_run,
+                 sum_over_ranks, together)
 
 
 def get_args():
@@ -42,25 +43,25 @@ def get_args():
     add("--reward-base", help="the same for the reward model")
     add("--lora-rank", type=int, default=0, help="rank of new adapters for full folders; 0 trains all weights")
     add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-targets", default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
-    add("--split", default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
+    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
     add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
-    add("--eval-prompts", type=int, default=64, help="held-out prompts that are answered, at most")
-    add("--max-prompt", type=int, default=256, help="tokens of a prompt; the oldest turns go first")
-    add("--max-new", type=int, default=256, help="tokens of an answer")
+    add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
+    add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns go first")
+    add("--max-new", type=positive, default=256, help="tokens of an answer")
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers, never trained on")
     add = parser.add_argument_group("rollout and reward").add_argument
-    add("--rollout-batch", type=int, default=64, help="prompts per step, over all ranks")
+    add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
     add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
     add("--kl-coef", type=float, default=0.02, help="beta: what a nat of log-ratio to the reference costs")
     add("--kl-target", type=float, help="nats per answer that beta is steered towards (arXiv 1909.08593)")
     add("--kl-gain", type=float, default=0.1, help="how fast: beta changes by at most 0.2 of this share per step")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
         help="mean and deviation of scores: reward_stats.json's, or of the reference's own answers before the first step")
-    add("--norm-prompts", type=int, default=256, help="prompts that --reward-norm rollout answers")
+    add("--norm-prompts", type=positive, default=256, help="prompts that --reward-norm rollout answers")
     add("--score-clip", type=float, default=5.0, help="normalised scores are clamped to plus or minus this")
     add("--missing-eos-penalty", type=float, default=0.0, help="taken off the score of an answer without EOS")
     add = parser.add_argument_group("PPO").add_argument
@@ -68,9 +69,9 @@ def get_args():
     add("--lam", type=float, default=0.95, help="lambda of GAE")
     add("--clip", type=float, default=0.2, help="the probability ratio counts within 1 plus or minus this")
     add("--value-clip", type=float, default=0.2, help="values count within this of the rollout's")
-    add("--ppo-epochs", type=int, default=1, help="passes over each rollout batch")
-    add("--mini-batch", type=int, default=32, help="answers per optimiser step, over all ranks")
-    add("--micro-batch", type=int, default=4, help="answers per rank and forward pass")
+    add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
+    add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
+    add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")
     add("--ptx-data", nargs="+", help="files of text or answers for a pre-training loss beside the policy's")
     add("--ptx-coef", type=float, default=27.8, help="weight of the pre-training loss")
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
@@ -78,15 +79,15 @@ def get_args():
     add = parser.add_argument_group("training").add_argument
     add("--out", help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that holds another run")
-    add("--epochs", type=int, default=1, help="passes over the prompts")
-    add("--steps", type=int, help="rollouts, instead of --epochs")
+    add("--epochs", type=positive, default=1, help="passes over the prompts")
+    add("--steps", type=positive, help="rollouts, instead of --epochs")
     add("--actor-lr", type=float, default=9.65e-6, help="highest learning rate of the actor")
     add("--critic-lr", type=float, default=5e-6, help="highest learning rate of the critic")
     add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
     add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
     add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
-    add("--eval-every", type=int, default=20, help="steps between answers to held-out prompts")
-    add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
+    add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
+    add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     args = parse(parser, "actor", "reward", "data", "out")
     if args.temperature <= 0:
@@ -101,17 +102,10 @@ def token_logps(logits, ids, temperature):
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def token_entropy(logits, temperature):
-    """Entropy in nats of the distribution over the words at each place: (...,V) -> (...)."""
-    logp = (logits.float() / temperature).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
 def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
-    """Rewards (B,R): -kl_coef (logp - ref_logp) at every token, and at the last one the clamped score (B,) less penalty.
-
-    The score judges the whole answer, so it comes when the answer is whole: at EOS, or where it was cut. logp - ref_logp
-    is the estimator of the KL divergence; another one (arXiv 2009.01325; Schulman's k2, k3) would go here."""
+    """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
+    penalty. The score judges the whole answer, so it comes where the answer is whole: at EOS, or where it was cut.
+    logp - ref_logp estimates the KL divergence (Schulman's k1); another estimator would go in its place."""
     rewards = -kl_coef * (logp - ref_logp) * mask
     last = torch.zeros_like(rewards).scatter(1, (mask.long().sum(1, keepdim=True) - 1).clamp(min=0), 1.0) * mask
     return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
@@ -122,12 +116,11 @@ def gae(rewards, values, mask, gamma, lam):
 
     values[:, t] is that of the state before token t; after an answer's last token it is 0: nothing comes any more."""
     rewards, values = rewards * mask, values * mask
+    deltas = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
     advantages, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(after)
-        after = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * after) * mask[:, t]
-        advantages[:, t] = after
-    return advantages, (advantages + values) * mask
+        advantages[:, t] = after = (deltas[:, t] + gamma * lam * after) * mask[:, t]
+    return advantages, advantages + values
 
 
 def whiten(x, mask):
@@ -153,18 +146,13 @@ def value_loss(new, old, returns, mask, clip, total=None):
 
 
 def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
-    """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL between old and new policy
-    (Schulman's k3), entropy."""
-    new_logp, logits = new_logp.detach(), logits.detach()
-    log_ratio = (new_logp - old_logp) * mask
+    """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL divergence of the new policy
+    from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
+    log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
-    sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, token_entropy(logits, temperature))
+    logp = (logits.detach().float() / temperature).log_softmax(-1)
+    sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, -logp.exp() * logp)
     return [x.sum() / total for x in sums]
-
-
-def mini_batches(n, size, epochs, rng):
-    """Row numbers of all the mini-batches of a step: `epochs` passes over n rows, each in an order of its own."""
-    return [rows.tolist() for _ in range(epochs) for rows in torch.randperm(n, generator=rng).split(size)]
 
 
 def explained_variance(values, returns, mask):
@@ -317,28 +305,15 @@ def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
 
 
 # ------------------------------------------------------------------------------------------------ checks and loading
-def load_data(args, tokenizer):
-    """(training prompts, held-out prompts, rows of the pre-training mix), each a list of ids."""
-    tally = Counter()
-    train, held_out = ([ids for r in records if (ids := encode_prompt(tokenizer, r, args.max_prompt, tally))]
-                       for records in load_records(args.data, 2, args.split, args.seed, args.eval_data, args.eval_share, tally))
-    check_rows(train, held_out, args.rollout_batch, tally)
-    ptx = [row for file in args.ptx_data or [] for r in read_records(file, tally)
-           if (row := encode_sft(tokenizer, r, args.max_prompt + args.max_new, tally))]
-    if args.ptx_data and len(ptx) < args.mini_batch:
-        raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
-    return train, held_out[:args.eval_prompts], ptx
-
-
 def read_stats(args):
     """Mean and standard deviation by which scores are normalised, where they are known beforehand."""
     if args.reward_norm != "stats":
         return {"mean": 0.0, "std": 1.0}
     file = Path(args.reward) / "reward_stats.json"
     if not file.exists():
-        raise BadInput(f"{file}: there is none; --reward-norm rollout measures the scores, none leaves them as they are")
+        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none leaves them as they are")
     stats = read_json(file)
-    if not all(isinstance(stats.get(k), (int, float)) for k in ("mean", "std")) or not stats["std"] > 0:
+    if not all(isinstance(stats.get(k), float) for k in ("mean", "std")) or not stats["std"] > 0:
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
     return stats
 
@@ -357,8 +332,9 @@ def load_gold(path):
     return module.gold
 
 
-def prepare(args, world):
-    """All that needs no weights, checked: (accumulation, tokenizer and configs, statistics of scores, gold, the data)."""
+def read_inputs(args, world):
+    """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of scores,
+    gold, and as lists of ids the training prompts, held-out prompts, rows of the pre-training mix)."""
     accumulation = accumulate("--mini-batch", args.mini_batch, args.micro_batch, world)
     if args.rollout_batch % args.mini_batch:
         raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch {args.mini_batch}")
@@ -367,15 +343,24 @@ def prepare(args, world):
     theirs, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
     if theirs.pieces() != tokenizer.pieces():
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; train both on one base")
-    return accumulation, tokenizer, config, reward_config, folder, read_stats(args), load_gold(args.gold), *load_data(
-        args, tokenizer)
+    tally = Counter()
+    train, held_out = ([ids for r in records if (ids := encode_prompt(tokenizer, r, args.max_prompt, tally))]
+                       for records in load_records(args.data, 2, args.split, args.seed, args.eval_data,
+                                                   args.eval_share, tally))
+    ptx = [row for file in args.ptx_data or [] for r in read_records(file, tally)
+           if (row := encode_sft(tokenizer, r, longest, tally))]
+    check_rows(train, held_out, args.rollout_batch, tally)
+    if args.ptx_data and len(ptx) < args.mini_batch:
+        raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
+    return (accumulation, tokenizer, folder, config, reward_config, read_stats(args), load_gold(args.gold),
+            train, held_out[:args.eval_prompts], ptx)
 
 
 def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
     with together():
-        accumulation, tokenizer, config, reward_config, folder, stats, gold, train, held_out, ptx = prepare(args, world)
+        accumulation, tokenizer, folder, config, reward_config, stats, gold, train, held_out, ptx = read_inputs(args, world)
     with together():
         roles = build_roles(args, dtype, device)
         start_run(args, rank)
@@ -420,7 +405,8 @@ def main():
 
         # 5. update: each rank trains its share of every mini-batch
         measured, lr = [], actor_engine.get_lr()[0]
-        for mini in mini_batches(args.rollout_batch, args.mini_batch, args.ppo_epochs, rng):
+        passes = [torch.randperm(args.rollout_batch, generator=rng) for _ in range(args.ppo_epochs)]
+        for mini in torch.cat(passes).view(-1, args.mini_batch).tolist():
             total = mask[mini].sum() / (world * accumulation)      # tokens of all ranks; the engines divide by both
             mixed = [ptx[i] for i in next(ptx_stream)[1]] if ptx else []
             ptx_total = n_labels(mixed) / (world * accumulation)

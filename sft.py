@@ -41,26 +41,26 @@ def get_args():
     add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
     add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
-    add("--split", default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
+    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
     add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
-    add("--max-len", type=int, default=512, help="tokens of prompt and response together")
+    add("--max-len", type=positive, default=512, help="tokens of prompt and response together")
     add = parser.add_argument_group("training").add_argument
     add("--out", help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that holds another run")
-    add("--epochs", type=int, default=1, help="passes over the data")
-    add("--steps", type=int, help="optimiser steps, instead of --epochs")
-    add("--batch", type=int, default=32, help="rows per optimiser step, over all ranks")
-    add("--micro-batch", type=int, default=4, help="rows per rank and forward pass")
+    add("--epochs", type=positive, default=1, help="passes over the data")
+    add("--steps", type=positive, help="optimiser steps, instead of --epochs")
+    add("--batch", type=positive, default=32, help="rows per optimiser step, over all ranks")
+    add("--micro-batch", type=positive, default=4, help="rows per rank and forward pass")
     add("--lr", type=float, default=5e-5, help="highest learning rate")
     add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
     add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
     add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
-    add("--eval-every", type=int, default=100, help="steps between held-out evaluations")
-    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
+    add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
 
@@ -115,11 +115,7 @@ def main():
     with together():
         full, adapter = resolve(args.model, args.base)
         model = load_model(args.model, dtype, device, args.base)
-        if args.lora_rank and adapter:
-            raise BadInput(f"--lora-rank: {args.model} is an adapter already, which is trained on; leave the flag out")
-        if args.lora_rank:
-            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-        model.config, model.model.checkpointing = config, args.checkpointing
+        prepare_model(args, model, config, adapter is not None)
         start_run(args, rank)
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -163,26 +159,34 @@ def add_engine_flags(parser):
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def positive(text):
+    """argparse type of a flag that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def shares(text):
+    """argparse type of --split: three shares such as 4,4,2, or none."""
+    numbers = None if text == "none" else [float(x) for x in text.split(",")]
+    if numbers and (len(numbers) != 3 or min(numbers) < 0 or sum(numbers) <= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not three shares such as 4,4,2, nor none")
+    return numbers
+
+
+def names(text):
+    """argparse type of a list with commas."""
+    return text.split(",")
+
+
 def parse(parser, *required):
-    """The flags, with lists split; whatever is wrong with them is BadInput, one line instead of the whole usage."""
+    """The flags; whatever is wrong with them is BadInput, one line instead of the whole usage from every rank."""
     def fail(message):
         raise BadInput(f"{message} (see {parser.prog} -h)")
     parser.error = fail
     args = parser.parse_args()
     if missing := [f"--{name}" for name in required if not getattr(args, name)]:
         fail(f"{', '.join(missing)} must be given")
-    for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name in ("epochs", "steps", "batch", "micro_batch", "max_len", "max_prompt",
-                                                         "max_new", "ppo_epochs", "rollout_batch", "mini_batch",
-                                                         "eval_every", "log_every"):
-            fail(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    try:
-        args.split = None if args.split == "none" else [float(x) for x in args.split.split(",")]
-        if args.split and (len(args.split) != 3 or min(args.split) < 0 or sum(args.split) <= 0):
-            raise ValueError
-    except ValueError:
-        fail(f"--split is {args.split}, expected three shares such as 4,4,2, or none")
-    args.lora_targets = args.lora_targets.split(",")
     return args
 
 
@@ -201,14 +205,15 @@ def setup(args):
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))
     import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not cuda:                             # plain gloo; its shared-memory extension would need a C++ compiler
+    if not cuda:                             # plain gloo: DeepSpeed's shared-memory extension needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    name = args.dtype if args.dtype != "auto" else "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    best = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    name = best if args.dtype == "auto" else args.dtype
     if name == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
     torch.manual_seed(args.seed)
@@ -260,18 +265,27 @@ def check_rows(train, held_out, batch, tally):
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
 
 
+def prepare_model(args, model, config, is_adapter):
+    """Adds the adapter of --lora-rank; sets what the flags say of the network."""
+    if args.lora_rank and is_adapter:
+        raise BadInput(f"--lora-rank: {args.model} is an adapter already, which is trained on; leave the flag out")
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
+    model.config, model.model.checkpointing = config, args.checkpointing
+
+
 def start_run(args, rank):
-    """Makes --out and writes args.json; BadInput where it holds another run or cannot be written."""
+    """Rank 0 makes --out and writes args.json; BadInput where it holds another run or cannot be written."""
     out = Path(args.out)
+    written = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
     if rank:
         return
-    old = [f for f in ("args.json", "config.json", "adapter_config.json") if (out / f).exists()]
-    if old and not args.overwrite:
-        raise BadInput(f"--out {out}: holds a run or a model already ({old[0]}); choose another folder, or --overwrite")
+    if not args.overwrite and any((out / name).exists() for name in written):
+        raise BadInput(f"--out {out}: holds a run or a model already; choose another folder, or --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"):
-            (out / name).unlink(missing_ok=True)                   # an adapter_config.json left over would win over a full model
+        for name in written:                 # an adapter_config.json left behind would win over the new full model
+            (out / name).unlink(missing_ok=True)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
         flags = {**vars(args), "world_size": dist.get_world_size(), "versions": versions}
         (out / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
