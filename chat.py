@@ -9,6 +9,7 @@ long for the model loses its oldest turns.
 """
 import argparse
 import sys
+import unicodedata
 from collections import Counter
 
 import torch
@@ -44,21 +45,25 @@ def stream_text(tokenizer, ids, stop="\n\nHuman:"):
         if not ended:
             safe -= next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
             safe = min(safe, len(text.rstrip("\ufffd")))
-        yield "".join(c for c in text[shown:safe] if c.isprintable() or c in "\n\t")
+        yield without_controls(text[shown:safe])
         shown = max(shown, safe)
         if ended:
             return
-    yield "".join(c for c in tokenizer.decode(so_far)[shown:] if c.isprintable() or c in "\n\t")
+    yield without_controls(tokenizer.decode(so_far)[shown:])
+
+
+def without_controls(text):
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def answer(model, tokenizer, turns, args):
-    """Prints the model's answer to a conversation as it comes, and returns it."""
+    """Prints the model's answer to a conversation as it comes, and returns it; None where the question does not fit."""
     tally = Counter()
     ids = encode_prompt(tokenizer, {"prompt": render(clean_turns(turns))},
                         model.config.max_position_embeddings - args.max_tokens, tally)
     if ids is None:
-        print("[the question is too long for this model]")
-        return ""
+        print("[the question is too long for this model, and is forgotten]")
+        return None
     if tally["prompts that lost their oldest turns"]:
         print("[the conversation is too long for this model; its oldest turns are left out]")
     device = model.lm_head.weight.device
@@ -96,8 +101,9 @@ def main():
                 return
         elif question:
             print("Assistant: ", end="", flush=True)
-            turns += [("Human", question)]
-            turns += [("Assistant", answer(model, tokenizer, turns, args))]
+            reply = answer(model, tokenizer, turns + [("Human", question)], args)
+            if reply is not None:
+                turns += [("Human", question), ("Assistant", reply)]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def open_tokenizer(path, base=None, longest=0):
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} only "
                        f"{config.vocab_size}; they do not belong together")
     if longest > config.max_position_embeddings:
-        raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, or --max-prompt + --max-new), the model's "
+        raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or --max-tokens), the model's "
                        f"context is {config.max_position_embeddings}")
     ids = (tokenizer.bos_id, tokenizer.eos_id)
     if ids != (config.bos_token_id, config.eos_token_id):
@@ -245,58 +245,57 @@ def load_records(files, phase, split, seed, eval_files, eval_share, tally):
 
 
 # ------------------------------------------------------------------------------------------------ ids that fit
-def prompts_by_length(tokenizer, prompt):
-    """Yields the ids of the prompt, whole and then without its oldest turns, down to the last question; all with BOS."""
+def fit_prompt(tokenizer, prompt, room):
+    """(ids, lost): the prompt with BOS, without as many of its oldest turns as it takes to fit into `room` ids, though
+    never without its last question, and whether any were lost. Where even that does not fit it is returned all the same."""
+    if not prompt:
+        return [tokenizer.bos_id], False
     turns = parse_turns(prompt)
     for start in (i for i, (role, _) in enumerate(turns) if role == "Human"):
-        yield [tokenizer.bos_id] + tokenizer.encode(render(turns[start:]) if start else prompt)
-
-
-def fit_prompt(tokenizer, prompt, room, tally):
-    """The longest form of the prompt of at most `room` ids; (ids, True), or (those of the last question, False)."""
-    for lost, ids in enumerate(prompts_by_length(tokenizer, prompt) if prompt else [[tokenizer.bos_id]]):
+        ids = [tokenizer.bos_id] + tokenizer.encode(render(turns[start:]) if start else prompt)
         if len(ids) <= room:
             break
-    tally["prompts that lost their oldest turns"] += lost > 0
-    return ids, len(ids) <= room
+    return ids, start > 0
 
 
 def encode_prompt(tokenizer, record, max_len, tally=None):
     """Ids of the prompt with BOS, at most max_len, or None where the last question alone does not fit."""
     tally = Counter() if tally is None else tally
-    ids, fits = fit_prompt(tokenizer, record["prompt"], max_len, tally)
-    tally["rows dropped: the last question does not fit"] += not fits
-    return ids if fits else None
+    ids, lost = fit_prompt(tokenizer, record["prompt"], max_len)
+    if len(ids) > max_len:
+        tally["rows dropped: the last question does not fit"] += 1
+        return None
+    tally["prompts that lost their oldest turns"] += lost
+    return ids
 
 
 def encode_sft(tokenizer, record, max_len, tally=None):
     """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. The answer is kept before old turns of the
     prompt; one that is too long even so is cut, and gets no EOS: nobody should learn to stop in mid-sentence."""
     tally = Counter() if tally is None else tally
-    answer = tokenizer.encode((record["chosen"] or "").strip())
-    if not answer:
-        tally["rows dropped: no answer"] += 1
+    answer = tokenizer.encode((record["chosen"] or "").strip()) + [tokenizer.eos_id]
+    prompt, lost = fit_prompt(tokenizer, record["prompt"], max_len - len(answer))
+    if len(answer) == 1 or len(prompt) >= max_len:
+        tally["rows dropped: " + ("no answer" if len(answer) == 1 else "the last question does not fit")] += 1
         return None
-    answer = answer + [tokenizer.eos_id]
-    prompt, fits = fit_prompt(tokenizer, record["prompt"], max_len - len(answer), tally)
-    if len(prompt) >= max_len:
-        tally["rows dropped: the last question does not fit"] += 1
-        return None
-    tally["answers cut"] += not fits
+    tally["prompts that lost their oldest turns"] += lost
+    tally["answers cut"] += len(prompt) + len(answer) > max_len
     return (prompt + answer)[:max_len], len(prompt)
 
 
 def encode_pair(tokenizer, record, max_len, tally=None):
     """(chosen_ids, rejected_ids, n_prompt) with one prompt, cut for the longer answer, or None: a pair is never cut."""
     tally = Counter() if tally is None else tally
-    chosen, rejected = (tokenizer.encode((record[k] or "").strip()) for k in ("chosen", "rejected"))
-    if not chosen or not rejected or chosen == rejected:
-        tally["pairs dropped: " + ("identical" if chosen and chosen == rejected else "an answer is empty")] += 1
-        return None
-    chosen, rejected = chosen + [tokenizer.eos_id], rejected + [tokenizer.eos_id]
-    prompt, fits = fit_prompt(tokenizer, record["prompt"], max_len - max(len(chosen), len(rejected)), tally)
-    tally["pairs dropped: too long"] += not fits
-    return (prompt + chosen, prompt + rejected, len(prompt)) if fits else None
+    chosen, rejected = (tokenizer.encode((record[k] or "").strip()) + [tokenizer.eos_id] for k in ("chosen", "rejected"))
+    room = max_len - max(len(chosen), len(rejected))
+    prompt, lost = fit_prompt(tokenizer, record["prompt"], room)
+    for why, so in (("an answer is empty", min(len(chosen), len(rejected)) == 1), ("identical", chosen == rejected),
+                    ("too long", len(prompt) > room)):
+        if so:
+            tally["pairs dropped: " + why] += 1
+            return None
+    tally["prompts that lost their oldest turns"] += lost
+    return prompt + chosen, prompt + rejected, len(prompt)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -422,6 +422,8 @@ def save_weights(module, path, config):
     """Writes config (a dictionary) and the parameters of module as safetensors, in shards above 5 GB."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    for old in [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]:
+        old.unlink()                                               # or they would be read instead of the new ones
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards, size = [[]], 0
     for name, parameter in module.named_parameters():              # a tied head is the same parameter, and named once

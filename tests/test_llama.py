@@ -602,12 +602,12 @@ def test_gradients_with_checkpointing_are_the_same(trained):
 
 @torch.no_grad()
 def test_rope_is_not_rounded_with_the_model():
-    half = tiny_llama(std=0.1).to(torch.bfloat16)
-    whole, (ids, mask) = tiny_llama(std=0.1), batch(250)
+    # quick waves and late positions: frequencies in bfloat16 would be 1 % of the logits off, angles 7 %, this is 0.03 %
+    changes = {"head_dim": 32, "rope_theta": 10.0, "std": 0.2}
+    half, whole, (ids, mask) = tiny_llama(**changes).to(torch.bfloat16), tiny_llama(**changes), batch(250)
     whole.load_state_dict(half.state_dict())
-    late = torch.arange(250) >= 200                                # in bfloat16 angles would be wrong by 1 here
-    a, b = half(ids, mask)[0, late].float(), whole(ids, mask)[0, late]
-    assert (a - b).pow(2).mean() < 1e-3 * b.pow(2).mean()
+    a, b = half(ids, mask)[0, 200:].float(), whole(ids, mask)[0, 200:]
+    assert (a - b).pow(2).mean() < 0.002 * b.pow(2).mean()
 
 
 # ------------------------------------------------------------------------------------------------ generate
@@ -653,6 +653,15 @@ def test_decode_yields_one_step_at_a_time_and_stops_with_the_last_row(talker):
     walk.close()
     handle.remove()
     assert calls == [5, 1]                                         # the prompt once, then one word: nothing ahead
+
+
+def test_an_answer_ends_with_its_own_rows_where_another_rank_goes_on(talker, monkeypatch):
+    ids, mask, uniforms, _, lengths = endless(talker)
+    short = lengths < 24
+    expected = talker.generate(ids[short], mask[short], 24, eos_id=2, uniforms=uniforms[short])
+    monkeypatch.setattr(llama, "any_alive", lambda alive, together: True)
+    found = talker.generate(ids[short], mask[short], 24, eos_id=2, uniforms=uniforms[short], together=True)
+    assert expected[0].shape[1] < 24 and all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])

@@ -408,6 +408,7 @@ FOREIGN = {
     "rank_pattern": {"rank_pattern": {"q_proj": 2, "model.layers.1.self_attn.v_proj": 7}},
     "alpha_pattern": {"alpha_pattern": {"v_proj": 32, "layers.0.self_attn.q_proj": 1}},
     "anchored pattern": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}},
+    "patterns that match no whole end of a path": {"rank_pattern": {"proj": 3, "layers.1": 2}},
     "both patterns": {"target_modules": LINEARS, **MIXED},
     "rslora": {"use_rslora": True},
     "rslora and both patterns": {"use_rslora": True, "target_modules": LINEARS, **MIXED},
@@ -601,6 +602,14 @@ def test_load_model_finds_the_base_relative_to_the_adapters_folder(adapter, tmp_
     expected = logits(load_model(adapter))
     tiny_llama(std=0.05).save_pretrained(adapter / named)          # the same as the fixture's
     edit_config(adapter, base_model_name_or_path=named)
+    assert torch.equal(logits(load_model(adapter)), expected)
+
+
+def test_load_model_finds_the_base_relative_to_the_working_folder(adapter, tmp_path, monkeypatch):
+    expected = logits(load_model(adapter))
+    tiny_llama(std=0.05).save_pretrained(tmp_path / "work" / "models" / "base")
+    edit_config(adapter, base_model_name_or_path="models/base")
+    monkeypatch.chdir(tmp_path / "work")
     assert torch.equal(logits(load_model(adapter)), expected)
 
 
