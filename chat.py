@@ -18,7 +18,6 @@ from data import clean_turns, collate_prompts, encode_prompt, open_tokenizer, re
 from llama import BadInput
 from lora import load_model
 
-
 def get_args():
     parser = argparse.ArgumentParser(description="Talk to a model in a terminal.")
     parser.add_argument("--model", required=True, help="model folder, full or adapter")
@@ -29,7 +28,6 @@ def get_args():
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer, at most")
     parser.add_argument("--seed", type=int, help="for the same answers every time")
     return parser.parse_args()
-
 
 def stream_text(tokenizer, ids, stop="\n\nHuman:"):
     """Yields the text of ids (an iterator of ints) piece by piece, up to EOS or `stop`. Held back: what may still become
@@ -51,10 +49,8 @@ def stream_text(tokenizer, ids, stop="\n\nHuman:"):
             return
     yield without_controls(tokenizer.decode(so_far)[shown:])
 
-
 def without_controls(text):
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-
 
 def answer(model, tokenizer, turns, args):
     """Prints the model's answer to a conversation as it comes, and returns it; None where the question does not fit."""
@@ -75,7 +71,6 @@ def answer(model, tokenizer, turns, args):
         text += piece
     print()
     return text.strip()
-
 
 def main():
     args = get_args()
@@ -104,7 +99,6 @@ def main():
             reply = answer(model, tokenizer, turns + [("Human", question)], args)
             if reply is not None:
                 turns += [("Human", question), ("Assistant", reply)]
-
 
 if __name__ == "__main__":
     try:

@@ -30,7 +30,6 @@ import torch
 from llama import BadInput, LlamaConfig
 from lora import resolve
 
-
 # ------------------------------------------------------------------------------------------------ tokenizer
 class Tokenizer:
     """A SentencePiece tokenizer.model, from a file or the folder that holds it. Special ids are read from it."""
@@ -57,7 +56,6 @@ class Tokenizer:
         """All words, in the order of their ids: two tokenizers are the same if these are."""
         return self.model.id_to_piece(list(range(self.vocab_size)))
 
-
 def open_tokenizer(path, base=None, longest=0):
     """(tokenizer, config, folder of the tokenizer) of a model folder, an adapter's own tokenizer before its base's.
 
@@ -79,7 +77,6 @@ def open_tokenizer(path, base=None, longest=0):
     config.bos_token_id, config.eos_token_id = ids
     return tokenizer, config, folder
 
-
 # ------------------------------------------------------------------------------------------------ template
 def parse_turns(text, before=r"(?:^|\n\n)"):
     """A transcript as [(role, text)]. What stands before the first turn is a system text; no Human turn: one question."""
@@ -87,7 +84,6 @@ def parse_turns(text, before=r"(?:^|\n\n)"):
     if "Human" not in parts[::2]:
         return [("Human", text.strip())]
     return clean_turns([("System", head), *zip(parts[::2], parts[1::2])])
-
 
 def clean_turns(turns):
     """Strips each text, puts a system text before the next question with a blank line, drops answers to nothing."""
@@ -102,12 +98,10 @@ def clean_turns(turns):
             cleaned.append((role, text.strip()))
     return cleaned
 
-
 def render(turns):
     """The one template: turns (role, text) as the prompt that asks for the next answer."""
     turns = turns[:-1] if turns[-1] == ("Assistant", "") else turns
     return "".join(f"\n\n{role}: {text}" for role, text in turns) + "\n\nAssistant:"
-
 
 # ------------------------------------------------------------------------------------------------ file formats
 def read_records(path, tally=None):
@@ -124,7 +118,6 @@ def read_records(path, tally=None):
     if not records:
         raise BadInput(f"{path}: holds no usable rows")
     return records
-
 
 def read_rows(path):
     """Yields (line or row number, row) of a file; the content decides, not the ending."""
@@ -156,7 +149,6 @@ def read_rows(path):
                 yield number, json.loads(line)
             except ValueError as error:
                 raise BadInput(f"{path}:{number}: is not JSON ({error})") from None
-
 
 def row_records(row, tally):
     """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
@@ -192,16 +184,13 @@ def row_records(row, tally):
         return [{"prompt": "", "chosen": text(row, "text").strip(), "rejected": None}]
     raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
 
-
 def record(turns, chosen, rejected=None):
     return {"prompt": render(turns), "chosen": chosen and chosen.strip(), "rejected": rejected and rejected.strip()}
-
 
 def text(row, key):
     if not isinstance(row[key], str):
         raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
     return row[key].encode("utf-8", "replace").decode("utf-8")                       # half a surrogate is no text
-
 
 def conversation(row, key, role_key, text_key, tally):
     """One record per assistant turn, each with what stands before it as its prompt."""
@@ -214,7 +203,6 @@ def conversation(row, key, role_key, text_key, tally):
     records = [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
     tally["conversations without an answer"] += not records
     return records
-
 
 # ------------------------------------------------------------------------------------------------ split
 def split_records(records, weights, phase, seed):
@@ -229,7 +217,6 @@ def split_records(records, weights, phase, seed):
 
     return [row for row in records if low <= place(row) < high]
 
-
 def load_records(files, phase, split, seed, eval_files, eval_share, tally):
     """(training, held-out) records of a phase from several files. split, such as (4, 4, 2), divides only files of pairs,
     which all three steps can use; None gives everything. Without eval_files a share of the conversations is held out."""
@@ -242,7 +229,6 @@ def load_records(files, phase, split, seed, eval_files, eval_share, tally):
         return records, [row for file in eval_files for row in read_records(file, tally)]
     sides = (1 - eval_share, eval_share)
     return tuple(split_records(records, sides, side, f"{seed} held out") for side in (0, 1))
-
 
 # ------------------------------------------------------------------------------------------------ ids that fit
 def fit_prompt(tokenizer, prompt, room):
@@ -257,7 +243,6 @@ def fit_prompt(tokenizer, prompt, room):
             break
     return ids, start > 0
 
-
 def encode_prompt(tokenizer, record, max_len, tally=None):
     """Ids of the prompt with BOS, at most max_len, or None where the last question alone does not fit."""
     tally = Counter() if tally is None else tally
@@ -267,7 +252,6 @@ def encode_prompt(tokenizer, record, max_len, tally=None):
         return None
     tally["prompts that lost their oldest turns"] += lost
     return ids
-
 
 def encode_sft(tokenizer, record, max_len, tally=None):
     """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. The answer is kept before old turns of the
@@ -281,7 +265,6 @@ def encode_sft(tokenizer, record, max_len, tally=None):
     tally["prompts that lost their oldest turns"] += lost
     tally["answers cut"] += len(prompt) + len(answer) > max_len
     return (prompt + answer)[:max_len], len(prompt)
-
 
 def encode_pair(tokenizer, record, max_len, tally=None):
     """(chosen_ids, rejected_ids, n_prompt) with one prompt, cut for the longer answer, or None: a pair is never cut."""
@@ -297,7 +280,6 @@ def encode_pair(tokenizer, record, max_len, tally=None):
     tally["prompts that lost their oldest turns"] += lost
     return prompt + chosen, prompt + rejected, len(prompt)
 
-
 # ------------------------------------------------------------------------------------------------ batches
 def batches(lengths, batch, seed, epoch):
     """Lists of `batch` row numbers, of like length within each list (little padding) and in another order every epoch.
@@ -312,7 +294,6 @@ def batches(lengths, batch, seed, epoch):
     rng.shuffle(groups)
     return groups
 
-
 def stream(lengths, batch, seed, start=0):
     """Yields (epoch, row numbers), batch after batch of epoch after epoch without end, from the start-th batch on."""
     per_epoch = len(lengths) // batch
@@ -320,13 +301,11 @@ def stream(lengths, batch, seed, start=0):
         yield from ((epoch, rows) for rows in batches(lengths, batch, seed, epoch)[start % per_epoch:])
         start = 0
 
-
 def deal(rows, rank, world, micro):
     """This rank's share of a global batch, in micro-batches. Dealt like cards: ranks get like lengths, and together
     exactly the batch, however many ranks and micro-batches there are."""
     mine = rows[rank::world]
     return [mine[at:at + micro] for at in range(0, len(mine), micro)]
-
 
 def pad(rows, left=False):
     """ids and mask (B,T) of lists of ids of different lengths, padded on the right or left."""
@@ -337,13 +316,11 @@ def pad(rows, left=False):
         ids[i, columns], mask[i, columns] = torch.tensor(row), True
     return ids, mask
 
-
 def collate_sft(rows):
     """[(ids, n_prompt)] -> ids, mask, labels (B,T); labels are the ids of the response and EOS, -100 elsewhere."""
     ids, mask = pad([row for row, _ in rows])
     n_prompt = torch.tensor([n for _, n in rows])[:, None]
     return ids, mask, ids.masked_fill(~mask | (torch.arange(ids.shape[1]) < n_prompt), -100)
-
 
 def collate_pairs(rows):
     """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), the chosen first, and starts (B,), the column where
@@ -351,7 +328,6 @@ def collate_pairs(rows):
     ids, mask = pad([chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows])
     starts = [next(t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b) for chosen, rejected, _ in rows]
     return ids, mask, torch.tensor(starts)
-
 
 def collate_prompts(rows):
     """[ids] -> ids, mask (B,P), padded on the left, so that every response starts at column P."""

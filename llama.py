@@ -25,10 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-
 class BadInput(ValueError):
     """Something a user did: the message is one line that names the file or flag, what was found, and what to do."""
-
 
 # ------------------------------------------------------------------------------------------------ configuration
 @dataclass
@@ -98,7 +96,6 @@ class LlamaConfig:
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **asdict(self),
                 "torch_dtype": str(dtype)[6:], **(labels if "Classification" in architecture else {})}
 
-
 def read_json(path):
     """The dictionary in a JSON file; BadInput where there is none."""
     try:
@@ -111,7 +108,6 @@ def read_json(path):
         raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
 
-
 # ------------------------------------------------------------------------------------------------ the network
 class Linear(nn.Linear):
     """nn.Linear that starts at normal(0, 0.02), and draws nothing on the meta device: torch would import its
@@ -123,7 +119,6 @@ class Linear(nn.Linear):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the root mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -134,7 +129,6 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
 
 def rope_frequencies(config, device):
     """Angle per position of each of the D/2 pairs (Su et al. 2021, arXiv 2104.09864), scaled for long texts.
@@ -152,12 +146,10 @@ def rope_frequencies(config, device):
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * keep + freqs / scaling["factor"] * (1 - keep)
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B,heads,T,D) by cos, sin (B,1,T,D/2); pairs are (i, i + D/2), as in HF's weights."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
 
 class KVCache:
     """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled."""
@@ -174,7 +166,6 @@ class KVCache:
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
 
 class Attention(nn.Module):
     def __init__(self, config, index):
@@ -195,7 +186,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -207,7 +197,6 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU (arXiv 2002.05202)
 
-
 class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
@@ -218,7 +207,6 @@ class Layer(nn.Module):
     def forward(self, x, cos, sin, allowed, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, allowed, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Transformer(nn.Module):
     """ids (B,T), mask (B,T) -> hidden states (B,T,C) after the last norm. The language model and the reward model
@@ -256,7 +244,6 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = S
         return self.norm(x)
-
 
 class Llama(nn.Module):
     """The language model: `model` is the transformer, `lm_head` the head; the state-dict keys are Hugging Face's."""
@@ -330,7 +317,6 @@ class Llama(nn.Module):
         """Writes config.json and safetensors; transformers' AutoModelForCausalLM loads the folder."""
         save_weights(self, path, self.config.to_dict("LlamaForCausalLM", self.lm_head.weight.dtype))
 
-
 # ------------------------------------------------------------------------------------------------ sampling
 def sample(logits, temperature, top_k, top_p, uniforms):
     """One id per row, (B,), from float32 logits (B,V): the first whose cumulative probability exceeds the row's
@@ -351,7 +337,6 @@ def sample(logits, temperature, top_k, top_p, uniforms):
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
-
 def any_alive(alive, together):
     """Whether a row is still going on, on this rank or (together) on any."""
     flag = alive.any()
@@ -360,10 +345,8 @@ def any_alive(alive, together):
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
-
 # ------------------------------------------------------------------------------------------------ folders
 SHARD_BYTES = 5 * 10**9
-
 
 def find_tensors(path):
     """name -> file for the weights in a folder: safetensors or pytorch_model.bin, whole or in shards with an index."""
@@ -382,7 +365,6 @@ def find_tensors(path):
             return {name: path / file for name, file in weight_map.items()}
     raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
 
-
 def read_tensor(file, name=None):
     """One tensor of a weight file, or with no name the list of its names; no pickled code is ever run.
 
@@ -396,7 +378,6 @@ def read_tensor(file, name=None):
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
-
 
 def load_weights(module, path, optional=()):
     """Fills every parameter of module from the folder, tensor by tensor, cast into the parameter's own memory; only
@@ -416,7 +397,6 @@ def load_weights(module, path, optional=()):
                            f"{tuple(parameter.shape)}")
         parameter.data.copy_(tensor)
     return module
-
 
 def save_weights(module, path, config):
     """Writes config (a dictionary) and the parameters of module as safetensors, in shards above 5 GB."""
@@ -440,7 +420,6 @@ def save_weights(module, path, config):
         index = {"metadata": {"total_size": sum(p.nbytes for s in shards for _, p in s)},
                  "weight_map": {n: file for file, shard in zip(names, shards) for n, _ in shard}}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
 
 def copy_tokenizer(source, path):
     """Copies the tokenizer's files, and adds what AutoTokenizer needs to give the same ids where it is missing."""

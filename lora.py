@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from llama import (BadInput, Linear, Llama, LlamaConfig, copy_tokenizer, load_weights, read_json, read_tensor,
                    save_weights)
 
-
 class LoRALinear(nn.Linear):
     """A Linear whose weight is another's, with named adapters beside it; `active` is the one in use, or None."""
 
@@ -57,23 +56,19 @@ class LoRALinear(nn.Linear):
         """The adapter as one matrix (out,in), in float32: in half precision small ones would vanish when added."""
         return self.lora_B[name].weight.float() @ self.lora_A[name].weight.float() * self.scale[name]
 
-
 # ------------------------------------------------------------------------------------------------ on a model
 def lora_layers(model):
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
-
 
 def adapter_parameters(model, name):
     """The parameters of one adapter, in a fixed order."""
     return [p for _, layer in lora_layers(model) if name in layer.lora_A
             for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
 
-
 def replace(model, path, layer):
     """Puts layer in the place that a dotted path names."""
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
-
 
 def attach(model, path, name, rank, scale, dropout):
     """Adds an adapter beside one Linear, and freezes the base: all but adapters and a reward model's score head."""
@@ -89,18 +84,15 @@ def attach(model, path, name, rank, scale, dropout):
             parameter.requires_grad_(False)
     return layer
 
-
 def linear_paths(model):
     """Paths of the layers that an adapter can stand beside."""
     return [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in p and p != "score"]
-
 
 def matches(path, targets):
     """PEFT's rule: a list names the ends of module paths, a string is a regular expression for the whole path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(path == target or path.endswith("." + target) for target in targets)
-
 
 def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
     """Adds an adapter beside every Linear whose path ends in one of targets, freezes the rest, switches it on.
@@ -116,7 +108,6 @@ def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
             attach(model, path, name, rank, alpha / rank, dropout)
     use_adapter(model, name)
 
-
 def use_adapter(model, name):
     """Switches the whole model to the adapter of that name, or with None to the base alone. Never between a forward
     pass and its backward: gradient checkpointing recomputes under whatever is active then, silently wrong."""
@@ -125,7 +116,6 @@ def use_adapter(model, name):
         raise ValueError(f"the model has no adapter {name!r}")
     for _, layer in layers:
         layer.active = name if name in layer.lora_A else None
-
 
 @torch.no_grad()
 def merge_lora(model, name):
@@ -138,14 +128,12 @@ def merge_lora(model, name):
         replace(model, path, plain)
     return model
 
-
 # ------------------------------------------------------------------------------------------------ PEFT's files
 PREFIX = "base_model.model."
 # keys of adapter_config.json that change nothing here, or that load_adapter honours; any other that is set is an error
 KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
          "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "bias",
          "init_lora_weights", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
-
 
 def save_adapter(model, path, name, base, task_type):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does; base is the path of the base folder,
@@ -172,7 +160,6 @@ def save_adapter(model, path, name, base, task_type):
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-
 def read_adapter_config(path):
     """adapter_config.json; BadInput where it asks for what would change the result here, or makes no sense."""
     where = Path(path) / "adapter_config.json"
@@ -195,11 +182,9 @@ def read_adapter_config(path):
         raise BadInput(f"{where}: is not a LoRA config that makes sense ({type(error).__name__}: {error})") from None
     return config
 
-
 def by_pattern(patterns, path, default):
     """PEFT's rank_pattern and alpha_pattern: the first key that the end of the path matches."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
 
 @torch.no_grad()
 def load_adapter(model, path, name):
@@ -232,7 +217,6 @@ def load_adapter(model, path, name):
     if f"{PREFIX}score.weight" in keys:
         model.score.weight.copy_(tensors[f"{PREFIX}score.weight"])
 
-
 def resolve(path, base=None):
     """(the full folder, the adapter folder or None) that a path stands for. An adapter's base is looked for where its
     config says, then relative to the adapter's folder; base overrides. BadInput where there is no such folder."""
@@ -247,7 +231,6 @@ def resolve(path, base=None):
             return candidate.resolve(), path
     raise BadInput(f"{path}: its base model {named!r} is not there; name its folder with --base")
 
-
 def load_model(path, dtype=torch.float32, device="cpu", base=None):
     """A Llama from any folder: a full one, or an adapter's with its base, attached as "default" and in use."""
     full, adapter = resolve(path, base)
@@ -258,7 +241,6 @@ def load_model(path, dtype=torch.float32, device="cpu", base=None):
         load_adapter(model, adapter, "default")
         use_adapter(model, "default")
     return model
-
 
 def main():
     parser = argparse.ArgumentParser(description="Merge an adapter folder into a full Hugging Face folder, in float32.")
@@ -285,7 +267,6 @@ def main():
         if (adapter / name).exists():
             shutil.copy(adapter / name, args.out)
     print(f"merged {adapter} and {full} into {args.out}")
-
 
 if __name__ == "__main__":
     try:

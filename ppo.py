@@ -29,10 +29,9 @@ from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft,
 from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, gathered, make_engine, names,
+from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, gathered, make_engine,
                  n_labels, parse, positive, response_logits, run, save, say, setup, sft_loss, shares, start_run,
                  sum_over_ranks, together)
-
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -43,7 +42,7 @@ def get_args():
     add("--reward-base", help="the same for the reward model")
     add("--lora-rank", type=int, default=0, help="rank of new adapters for full folders; 0 trains all weights")
     add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
@@ -94,13 +93,11 @@ def get_args():
         parser.error(f"--temperature is {args.temperature}, expected above 0: greedy answers explore nothing")
     return args
 
-
 # ------------------------------------------------------------------------------------------------ the mathematics
 def token_logps(logits, ids, temperature):
     """log p of each id (...) under logits (...,V) at the sampling temperature, in float32."""
     logits = logits.float() / temperature
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
 
 def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
@@ -109,7 +106,6 @@ def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     rewards = -kl_coef * (logp - ref_logp) * mask
     last = torch.zeros_like(rewards).scatter(1, (mask.long().sum(1, keepdim=True) - 1).clamp(min=0), 1.0) * mask
     return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
-
 
 def gae(rewards, values, mask, gamma, lam):
     """Advantages and returns (B,R): delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, and A + V.
@@ -122,7 +118,6 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = after = (deltas[:, t] + gamma * lam * after) * mask[:, t]
     return advantages, advantages + values
 
-
 def whiten(x, mask):
     """(x - mean) / standard deviation over the mask, 0 outside it."""
     n = mask.sum().clamp(min=1)
@@ -130,20 +125,17 @@ def whiten(x, mask):
     variance = ((x - mean) ** 2 * mask).sum() / n
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
-
 def policy_loss(new_logp, old_logp, adv, mask, clip, total=None):
     """PPO's clipped loss (equation 7), the sum over the tokens divided by total (by default their number)."""
     ratio = ((new_logp - old_logp) * mask).exp()
     losses = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
 
-
 def value_loss(new, old, returns, mask, clip, total=None):
     """Half the larger of the squared errors with and without clipping new values to within clip of the old ones."""
     clipped = old + (new - old).clamp(-clip, clip)
     losses = 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
-
 
 def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
     """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL divergence of the new policy
@@ -154,12 +146,10 @@ def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
     sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, -logp.exp() * logp)
     return [x.sum() / total for x in sums]
 
-
 def explained_variance(values, returns, mask):
     """Share of the returns' variance that the values foresaw: 1 is all, 0 as good as their mean."""
     x, y = (returns - values)[mask].double(), returns[mask].double()
     return float(1 - x.var(correction=0) / y.var(correction=0).clamp(min=1e-8))
-
 
 # ------------------------------------------------------------------------------------------------ the four roles
 def build_roles(args, dtype, device):
@@ -204,7 +194,6 @@ def build_roles(args, dtype, device):
         + ", ".join(f"{role} = {f'adapter {name}' if name else 'all weights'}" for role, (_, name) in roles.items()))
     return roles
 
-
 def trained_parameters(roles):
     """{"actor": parameters, "critic": parameters}: their adapter, or everything, and the critic's score head in any case.
     All others of the four networks are frozen."""
@@ -219,7 +208,6 @@ def trained_parameters(roles):
         model.eval()                         # no dropout anywhere in PPO: the first ratio must be 1
     return trained
 
-
 # ------------------------------------------------------------------------------------------------ the rollout
 def response_logps(model, ids, mask, response_mask, temperature, n_words):
     """log p (B,R) of the responses, the last R columns of ids (B,T), and the logits (N,n_words) they come from."""
@@ -227,7 +215,6 @@ def response_logps(model, ids, mask, response_mask, temperature, n_words):
     logits = model(ids, mask, F.pad(response_mask, (P - 1, 1)))[:, :n_words]            # column t predicts token t + 1
     logps = token_logps(logits, ids[:, P:][response_mask], temperature)                 # (N,)
     return torch.zeros(response_mask.shape, device=ids.device).masked_scatter(response_mask, logps), logits
-
 
 @torch.no_grad()
 def rollout(roles, prompts, uniforms, args, tokenizer):
@@ -270,18 +257,15 @@ def rollout(roles, prompts, uniforms, args, tokenizer):
     batch["ended"] = ((batch["ids"][:, P:] == eos_id) & batch["response_mask"]).any(1)
     return batch
 
-
 def gather(x):
     """The rows of all ranks, in the order of the ranks."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-
 def random_numbers(seed, step):
     """A generator that depends on the seed and the step alone, the same on every rank."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
 
 def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
     """Answers held-out prompts, with the same random numbers every time; writes samples.jsonl and logs the means."""
@@ -303,7 +287,6 @@ def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
     say(f"{rows[0]['prompt']} {rows[0]['response']}\n[score {rows[0]['score']:.2f}, kl {rows[0]['kl']:.2f}]")
     log.line(step=step, **means)
 
-
 # ------------------------------------------------------------------------------------------------ checks and loading
 def read_stats(args):
     """Mean and standard deviation by which scores are normalised, where they are known beforehand."""
@@ -317,7 +300,6 @@ def read_stats(args):
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
     return stats
 
-
 def load_gold(path):
     """The function gold of a Python file of the user's."""
     if not path:
@@ -330,7 +312,6 @@ def load_gold(path):
     if not hasattr(module, "gold"):
         raise BadInput(f"--gold {path}: has no function gold(prompt, answer)")
     return module.gold
-
 
 def read_inputs(args, world):
     """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of scores,
@@ -354,7 +335,6 @@ def read_inputs(args, world):
         raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
     return (accumulation, tokenizer, folder, config, reward_config, read_stats(args), load_gold(args.gold),
             train, held_out[:args.eval_prompts], ptx)
-
 
 def main():
     args = get_args()
@@ -458,7 +438,6 @@ def main():
     if args.ema:
         save(actor, Path(args.out) / "ema", rank, folder, actor_name, base, average)
     finish()
-
 
 if __name__ == "__main__":
     run(main)

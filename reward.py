@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from data import collate_pairs, deal, encode_pair, load_records, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, load_weights, save_weights
 from lora import load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, make_engine, names, parse,
+from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, make_engine, parse,
                  positive, prepare_model, run, save, setup, shares, start_run, sum_over_ranks, together)
-
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -37,7 +36,7 @@ def get_args():
     add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
     add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of preference pairs (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
@@ -61,14 +60,12 @@ def get_args():
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
 
-
 # ------------------------------------------------------------------------------------------------ the model
 class Score(Linear):
     """The head: one number per hidden state, in float32 whatever the network's dtype."""
 
     def forward(self, x):
         return F.linear(x.float(), self.weight.float())
-
 
 class RewardModel(nn.Module):
     """A transformer with a score head; the critic is one too. model may be another network's transformer, so that the
@@ -98,7 +95,6 @@ class RewardModel(nn.Module):
         """Writes a folder that transformers' AutoModelForSequenceClassification loads."""
         save_weights(self, path, self.config.to_dict("LlamaForSequenceClassification", self.score.weight.dtype))
 
-
 def load_reward_model(path, dtype=torch.float32, device="cpu", base=None, name="default", share=None):
     """A RewardModel from any folder: a full one, or an adapter's, attached under `name` and in use. The adapter's base
     is read too, unless `share` is its transformer, in memory already."""
@@ -112,17 +108,14 @@ def load_reward_model(path, dtype=torch.float32, device="cpu", base=None, name="
     use_adapter(model, name)
     return model
 
-
 # ------------------------------------------------------------------------------------------------ scores and losses
 def last_column(mask):
     """The column of the last real token (B,), wherever the padding is."""
     return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
 
-
 def last_scores(scores, mask):
     """The score of each text (B,): scores (B,T) at its last real token."""
     return scores.gather(1, last_column(mask)[:, None]).squeeze(1)
-
 
 def pairwise_loss(chosen, rejected, mask=None, total=None):
     """-log sigmoid(chosen - rejected) (Bradley & Terry): for scores (B,) per pair, for scores (B,T) the mean over mask
@@ -133,7 +126,6 @@ def pairwise_loss(chosen, rejected, mask=None, total=None):
         loss = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
     return loss.sum() / (len(loss) if total is None else total)
 
-
 def batch_loss(scores, mask, starts, kind, total):
     """pairwise_loss of a collated batch of pairs: scores, mask (2B,T), chosen first, starts (B,)."""
     if kind == "last":
@@ -142,7 +134,6 @@ def batch_loss(scores, mask, starts, kind, total):
     standing = scores.gather(1, torch.minimum(columns, last_column(mask)[:, None]))     # the last score stands on
     chosen, rejected = mask.chunk(2)
     return pairwise_loss(*standing.chunk(2), (chosen | rejected) & (columns >= starts[:, None]), total)
-
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, device):
@@ -159,7 +150,6 @@ def evaluate(model, rows, micro_batch, device):
         sums += torch.stack([chosen > rejected, chosen - rejected, chosen, chosen**2])[:, real].sum(1)
     accuracy, margin, mean, square = (x / len(rows) for x in sum_over_ranks(*sums.tolist()))
     return {"accuracy": accuracy, "margin": margin, "mean": mean, "std": max(square - mean**2, 0) ** 0.5}
-
 
 def main():
     args = get_args()
@@ -212,7 +202,6 @@ def main():
         stats = {"mean": stats["mean"], "std": stats["std"], "n": len(held_out), "accuracy": stats["accuracy"]}
         (Path(args.out) / "reward_stats.json").write_text(json.dumps(stats) + "\n")
     finish()
-
 
 if __name__ == "__main__":
     run(main)

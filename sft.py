@@ -32,7 +32,6 @@ from data import collate_sft, deal, encode_sft, load_records, open_tokenizer, st
 from llama import BadInput, copy_tokenizer
 from lora import add_lora, load_model, lora_layers, resolve, save_adapter
 
-
 def get_args():
     parser = argparse.ArgumentParser(description="Step 1 of RLHF: supervised fine-tuning on responses only.")
     add = parser.add_argument_group("model").add_argument
@@ -41,7 +40,7 @@ def get_args():
     add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
     add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
+    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
@@ -64,24 +63,20 @@ def get_args():
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
 
-
 def sft_loss(logits, labels, total=None):
     """Cross-entropy of logits (N,V) and labels (N,) in float32: the sum over the tokens, divided by total (by default
     their number). Labels of -100 count nothing."""
     total = (labels != -100).sum().clamp(min=1) if total is None else total
     return F.cross_entropy(logits.float(), labels, reduction="sum") / total
 
-
 def response_logits(model, ids, mask, labels):
     """Logits (N,V) only where a label (N,) is to be predicted, and these labels: column t predicts token t + 1."""
     wanted = labels[:, 1:] != -100
     return model(ids, mask, F.pad(wanted, (0, 1))), labels[:, 1:][wanted]
 
-
 def n_labels(rows):
     """Response tokens of [(ids, n_prompt)]: what a loss over them is divided by."""
     return sum(len(ids) - n_prompt for ids, n_prompt in rows)
-
 
 @torch.no_grad()
 def perplexity(model, rows, micro_batch, device):
@@ -95,7 +90,6 @@ def perplexity(model, rows, micro_batch, device):
         ids, mask, labels = (x.to(device) for x in collate_sft(micro))
         nll += float(sft_loss(*response_logits(model, ids, mask, labels), total=1))
     return math.exp(sum_over_ranks(nll)[0] / n_labels(rows))
-
 
 def main():
     args = get_args()
@@ -145,7 +139,6 @@ def main():
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     finish()
 
-
 # ------------------------------------------------------------------------------------------------ what all trainers share
 def add_engine_flags(parser):
     add = parser.add_argument_group("engine").add_argument
@@ -155,9 +148,7 @@ def add_engine_flags(parser):
     add("--seed", type=int, default=1234, help="of the split, the order, the new weights and the samples")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)                # the launcher passes it
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def positive(text):
     """argparse type of a flag that counts something."""
@@ -165,19 +156,12 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
 
-
 def shares(text):
     """argparse type of --split: three shares such as 4,4,2, or none."""
     numbers = None if text == "none" else [float(x) for x in text.split(",")]
     if numbers and (len(numbers) != 3 or min(numbers) < 0 or sum(numbers) <= 0):
         raise argparse.ArgumentTypeError(f"{text} is not three shares such as 4,4,2, nor none")
     return numbers
-
-
-def names(text):
-    """argparse type of a list with commas."""
-    return text.split(",")
-
 
 def parse(parser, *required):
     """The flags; whatever is wrong with them is BadInput, one line instead of the whole usage from every rank."""
@@ -188,7 +172,6 @@ def parse(parser, *required):
     if missing := [f"--{name}" for name in required if not getattr(args, name)]:
         fail(f"{', '.join(missing)} must be given")
     return args
-
 
 def setup(args):
     """Starts the process group, with the launcher or without; (rank, world, device, dtype)."""
@@ -220,12 +203,10 @@ def setup(args):
     say(f"{Path(sys.argv[0]).name}: {world} process{'es' * (world > 1)} on {device.type}, {name}, ZeRO-{args.zero_stage}")
     return rank, world, device, DTYPES[name]
 
-
 def say(text):
     """Prints on rank 0."""
     if dist.get_rank() == 0:
         tqdm.write(text, file=sys.stdout)
-
 
 @contextmanager
 def together():
@@ -239,20 +220,17 @@ def together():
     if any(errors):
         raise BadInput(next(e for e in errors if e))
 
-
 def sum_over_ranks(*numbers):
     """The sum over ranks of each number, in float64."""
     x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(x)
     return x.tolist()
 
-
 def accumulate(flag, batch, micro, world):
     """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them."""
     if batch % (micro * world):
         raise BadInput(f"{flag} {batch} does not divide by --micro-batch {micro} x {world} process{'es' * (world > 1)}")
     return batch // (micro * world)
-
 
 def check_rows(train, held_out, batch, tally):
     """Says what was read, cut and dropped; BadInput where there is too little."""
@@ -264,7 +242,6 @@ def check_rows(train, held_out, batch, tally):
     if not held_out:
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
 
-
 def prepare_model(args, model, config, is_adapter):
     """Adds the adapter of --lora-rank; sets what the flags say of the network."""
     if args.lora_rank and is_adapter:
@@ -272,7 +249,6 @@ def prepare_model(args, model, config, is_adapter):
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
     model.config, model.model.checkpointing = config, args.checkpointing
-
 
 def start_run(args, rank):
     """Rank 0 makes --out and writes args.json; BadInput where it holds another run or cannot be written."""
@@ -291,7 +267,6 @@ def start_run(args, rank):
         (out / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
-
 
 def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     """A DeepSpeed engine that trains these parameters of model: AdamW, warm-up and cosine over `steps`."""
@@ -317,10 +292,8 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
-
 def engine_metrics(engine):
     return {"grad_norm": float(engine.get_global_grad_norm() or 0), "skipped": engine.skipped_steps}
-
 
 class Log:
     """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""
@@ -347,13 +320,11 @@ class Log:
         self.file.flush()
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
-
 def gathered(model):
     """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds them whole."""
     import deepspeed
     sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
-
 
 def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
     """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
@@ -373,11 +344,9 @@ def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
                 (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
     say(f"wrote {out}")
 
-
 def finish():
     dist.barrier()                           # without these two, some runs of two CPU ranks abort at exit
     dist.destroy_process_group()
-
 
 def run(main):
     """main(); BadInput becomes one line, by rank 0, and exit status 2, on every rank."""
@@ -391,7 +360,6 @@ def run(main):
         if dist.is_initialized():
             finish()
         sys.exit(2)
-
 
 if __name__ == "__main__":
     run(main)

@@ -60,7 +60,8 @@ def paths(tmp_path_factory, base, pairs_file):
     """Folders and files by name: what a run needs, and each damaged in one way."""
     root = tmp_path_factory.mktemp("paths")
     names = ("adapter", "reward", "other_words", "large_tokenizer", "truncated", "mismatching", "no_weights", "run")
-    paths = {"base": base, "pairs": pairs_file, "root": root, "nowhere": root / "nowhere", **{n: root / n for n in names}}
+    paths = {"base": base, "pairs": pairs_file, "root": root, "nowhere": root / "nowhere"}
+    paths |= {name: root / name for name in names}
 
     model = Llama.from_pretrained(base)
     add_lora(model, 2, 16, ["q_proj"])
@@ -71,9 +72,9 @@ def paths(tmp_path_factory, base, pairs_file):
         (paths[name] / "reward_stats.json").write_text('{"mean": 0.0, "std": 1.0}')
     (root / "words.txt").write_text("quite other words\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "words.txt"), model_prefix=str(paths["other_words"] / "tokenizer"), model_type="bpe", vocab_size=290,
-        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-        hard_vocab_limit=False)
+        input=str(root / "words.txt"), model_prefix=str(paths["other_words"] / "tokenizer"), model_type="bpe",
+        vocab_size=290, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        minloglevel=2, hard_vocab_limit=False)
 
     for name in ("large_tokenizer", "truncated", "mismatching", "no_weights"):
         shutil.copytree(base, paths[name])
@@ -95,7 +96,8 @@ def paths(tmp_path_factory, base, pairs_file):
 
 
 GOOD = {
-    "sft.py": {"--model": "{base}", "--data": "{pairs}", "--max-len": 128, "--batch": 4, "--micro-batch": 2, "--split": "none"},
+    "sft.py": {"--model": "{base}", "--data": "{pairs}", "--max-len": 128, "--batch": 4, "--micro-batch": 2,
+               "--split": "none"},
     "reward.py": {"--model": "{base}", "--data": "{pairs}", "--max-len": 128, "--batch": 4, "--micro-batch": 2,
                   "--split": "none"},
     "ppo.py": {"--actor": "{base}", "--reward": "{reward}", "--data": "{pairs}", "--max-prompt": 60, "--max-new": 8,
@@ -105,7 +107,8 @@ GOOD = {
 def flags(script, changes, paths, out):
     """The flags of a good run with some changed, or left out where None."""
     asked = {"--out": out, **GOOD[script], **changes}
-    return [str(x).format(**paths) for flag, value in asked.items() if value is not None for x in (flag, value) if x != ""]
+    words = [word for flag, value in asked.items() if value is not None for word in (flag, value) if word != ""]
+    return [str(word).format(**paths) for word in words]
 
 
 def one_line(err):
@@ -114,7 +117,7 @@ def one_line(err):
     return err
 
 
-# ------------------------------------------------------------------------------------------------ each case, one process
+# ------------------------------------------------------------------------------------------------ one process
 # what is changed in a good run, and what the line has to say: what was found where, and what to do
 CASES = [
     ("sft.py", {"--model": None}, "--model must be given"),
@@ -125,6 +128,9 @@ CASES = [
     ("ppo.py", {"--steps": "many"}, "--steps 'many'"),
     ("sft.py", {"--batch": 2.5}, "--batch '2.5'"),
     ("sft.py", {"--batch": 0}, "--batch 0 1"),
+    ("sft.py", {"--lora-rank": -1}, "--lora-rank -1"),
+    ("sft.py", {"--lora-rank": 2, "--lora-dropout": 2}, "--lora-dropout 2"),
+    ("reward.py", {"--lr": "nan"}, "--lr nan"),
     ("reward.py", {"--loss": "first"}, "--loss 'first' last dense"),
     ("sft.py", {"--split": "4,4"}, "--split 4,4 4,4,2 none"),
     ("sft.py", {"--split": "a,b,c"}, "--split a,b,c"),
@@ -132,6 +138,7 @@ CASES = [
     ("ppo.py", {"--split": "4,-4,2"}, "--split 4,-4,2"),
     ("sft.py", {"--dtype": "fp16"}, "--dtype fp16 GPU fp32 bf16"),
     ("ppo.py", {"--temperature": 0}, "--temperature 0"),
+    ("ppo.py", {"--temperature": "nan"}, "--temperature nan"),
     ("sft.py", {"--model": "{nowhere}"}, "{nowhere} no such folder"),
     ("sft.py", {"--data": "{nowhere}"}, "{nowhere} cannot be read"),
     ("reward.py", {"--eval-data": "{nowhere}"}, "{nowhere} cannot be read"),
@@ -168,7 +175,7 @@ CASES = [
 
 @pytest.mark.parametrize("script, changes, says", CASES, ids=[
     " ".join([script, *(f"{flag}={value}" for flag, value in changes.items())]) for script, changes, _ in CASES])
-def test_wrong_input_gets_one_line_and_status_2_and_nothing_is_written(script, changes, says, paths, run_fast, tmp_path):
+def test_wrong_input_gets_one_line_and_status_2_and_writes_nothing(script, changes, says, paths, run_fast, tmp_path):
     before = sorted(paths["root"].rglob("*"))
     status, out, err = run_fast(script, flags(script, changes, paths, tmp_path / "out"))
     line = one_line(err)
@@ -190,8 +197,8 @@ def test_a_model_is_not_overwritten_by_what_is_trained_on_it(paths, run_fast, tm
     # an adapter written over its own base would leave neither
     shutil.copytree(paths["base"], tmp_path / "model")
     before = (tmp_path / "model" / "config.json").read_text()
-    status, _, err = run_fast("sft.py", flags("sft.py", {"--model": tmp_path / "model", "--overwrite": "", "--lora-rank": 2,
-                                                         "--steps": 1}, paths, tmp_path / "model"))
+    changes = {"--model": tmp_path / "model", "--overwrite": "", "--lora-rank": 2, "--steps": 1}
+    status, _, err = run_fast("sft.py", flags("sft.py", changes, paths, tmp_path / "model"))
     assert status == 2 and "--out" in one_line(err)
     assert (tmp_path / "model" / "config.json").read_text() == before
 

@@ -117,7 +117,7 @@ def talk(monkeypatch, capsys):
     return run
 
 
-# ------------------------------------------------------------------------------------------------ what the model is asked
+# ------------------------------------------------------------------------------------------------ what is asked
 def test_the_prompt_is_id_for_id_the_one_sft_trains_on_traps_3_35(talk, base, tmp_path):
     talk("--model", base, *SHORT, typed="  why is the sky blue? \nand the cat?\n\nwho said so\n")
     turns = ["why is the sky blue?", talk.answers[0], "and the cat?", talk.answers[1], "who said so", talk.answers[2]]
@@ -169,6 +169,18 @@ def test_a_question_that_does_not_fit_says_so_and_the_conversation_goes_on(talk,
 def test_an_answer_that_could_never_fit_is_bad_input_that_names_the_flag(talk, base):
     with pytest.raises(BadInput, match="--max-tokens"):
         talk("--model", base, "--prompt", "why", "--max-tokens", 256)
+
+
+@pytest.mark.parametrize("flag, value", [("--max-tokens", -5), ("--max-tokens", 0), ("--temperature", -1),
+                                         ("--temperature", "nan")])
+def test_a_flag_out_of_its_range_is_refused(flag, value, talk, base):
+    with pytest.raises((BadInput, SystemExit)):                    # argparse leaves with SystemExit, and says why
+        talk("--model", base, "--prompt", "why", *SHORT, flag, value)
+
+
+def test_bytes_of_the_command_line_that_are_no_text_do_not_reach_the_tokenizer(talk, base):
+    talk("--model", base, "--prompt", "why \udcff", *SHORT)       # how Python hands over the byte ff
+    assert talk.answers[0]
 
 
 # ------------------------------------------------------------------------------------------------ folders

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import REPO, real, sentence, tiny_llama
-from data import (Tokenizer, batches, collate_pairs, collate_prompts, collate_sft, deal, encode_pair, encode_prompt, encode_sft,
-                  load_records, open_tokenizer, parse_turns, read_records, render, split_records, stream)
+from data import (Tokenizer, batches, collate_pairs, collate_prompts, collate_sft, deal, encode_pair, encode_prompt,
+                  encode_sft, load_records, open_tokenizer, parse_turns, read_records, render, split_records, stream)
 from llama import BadInput, copy_tokenizer
 
 ASK = "\n\nHuman: why?\n\nAssistant:"
@@ -262,7 +262,7 @@ def test_a_text_is_bos_text_eos_without_a_template(tokenizer):
 
 
 def long_conversation(tokenizer):
-    """A record of three questions, and its prompts in ids: whole, without the first turns, and the last question alone."""
+    """A record of three questions, and its prompts in ids: whole, without the first turns, the last question alone."""
     turns = [("Human", "why is the sky blue?"), ("Assistant", "it is so"), ("Human", "and the cat?"),
              ("Assistant", "red"), ("Human", "who said so?")]
     prompts = [[tokenizer.bos_id] + tokenizer.encode(render(turns[start:])) for start in (0, 2, 4)]
@@ -318,7 +318,8 @@ def test_what_is_cut_or_dropped_is_counted(tokenizer):
     row, prompts = long_conversation(tokenizer)
     n_answer = len(tokenizer.encode(row["chosen"])) + 1
     for max_len, words in [(10**6, None), (len(prompts[1]) + n_answer, "oldest turns"),
-                           (len(prompts[2]) + n_answer - 1, "answers cut"), (len(prompts[2]), "last question does not fit")]:
+                           (len(prompts[2]) + n_answer - 1, "answers cut"),
+                           (len(prompts[2]), "last question does not fit")]:
         tally = Counter()
         encode_sft(tokenizer, row, max_len, tally)
         assert counted(tally, words) == 1 if words else not +tally
@@ -368,7 +369,8 @@ def test_collate_prompts_pads_left_so_every_response_starts_at_one_column():
 
 # ------------------------------------------------------------------------------------------------ split
 def questions(n, answers=1):
-    return [record(f"\n\nHuman: question {i}\n\nAssistant:", f"answer {j}", "no") for i in range(n) for j in range(answers)]
+    return [record(f"\n\nHuman: question {i}\n\nAssistant:", f"answer {j}", "no")
+            for i in range(n) for j in range(answers)]
 
 
 def first_questions(records):
@@ -505,7 +507,7 @@ def test_the_ranks_together_get_exactly_the_batch_and_each_as_much_trap_22(world
     assert {len(share) for share in shares} == {24 // (world * micro)}
 
 
-# ------------------------------------------------------------------------------------------------ the tokenizer of a folder
+# ------------------------------------------------------------------------------------------------ the folder's tokenizer
 @pytest.fixture
 def folder(tmp_path, tokenizer_file):
     """A function that makes a folder of a config with changes and a tokenizer, but no weights: the checks need none."""
