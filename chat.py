@@ -74,6 +74,8 @@ def answer(model, tokenizer, turns, args):
 
 def main():
     args = get_args()
+    if args.max_tokens < 1 or not args.temperature >= 0 or not 0 < args.top_p <= 1:
+        raise BadInput("--max-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     tokenizer, config, _ = open_tokenizer(args.model, args.base, args.max_tokens + 1)
     cuda = torch.cuda.is_available()
     dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -102,6 +104,9 @@ def main():
 
 if __name__ == "__main__":
     try:
+        sys.stdin.reconfigure(errors="replace")
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BadInput as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -47,7 +47,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text, without BOS and EOS; the same call for every text of every stage."""
-        return self.model.encode(text)
+        return self.model.encode(text.encode("utf-8", "replace").decode())       # half a surrogate is no text
 
     def decode(self, ids):
         return self.model.decode(ids)
@@ -129,10 +129,12 @@ def read_rows(path):
     if raw[:4] == b"PAR1":
         try:
             import pyarrow.parquet
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+            return
         except ImportError:
             raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        return
+        except pyarrow.ArrowException as error:
+            raise BadInput(f"{path}: is a damaged parquet file ({str(error).splitlines()[0]})") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -190,7 +192,7 @@ def record(turns, chosen, rejected=None):
 def text(row, key):
     if not isinstance(row[key], str):
         raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
-    return row[key].encode("utf-8", "replace").decode("utf-8")                       # half a surrogate is no text
+    return row[key]
 
 def conversation(row, key, role_key, text_key, tally):
     """One record per assistant turn, each with what stands before it as its prompt."""

@@ -29,9 +29,9 @@ from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft,
 from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, gathered, make_engine,
-                 n_labels, parse, positive, response_logits, run, save, say, setup, sft_loss, shares, start_run,
-                 sum_over_ranks, together)
+from sft import (Log, accumulate, add_engine_flags, check_folders, check_rows, engine_metrics, finish, gathered,
+                 make_engine, n_labels, number, parse, positive, response_logits, run, save, say, setup, sft_loss,
+                 shares, start_run, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -40,58 +40,55 @@ def get_args():
     add("--reward", help="folder of reward.py, full or adapter; the critic starts from it")
     add("--base", help="base model of an actor that is an adapter, where it is not where its config says")
     add("--reward-base", help="the same for the reward model")
-    add("--lora-rank", type=int, default=0, help="rank of new adapters for full folders; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of new adapters for full folders; 0 trains all weights")
+    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
+    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
     add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns go first")
     add("--max-new", type=positive, default=256, help="tokens of an answer")
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers, never trained on")
     add = parser.add_argument_group("rollout and reward").add_argument
     add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--kl-coef", type=float, default=0.02, help="beta: what a nat of log-ratio to the reference costs")
-    add("--kl-target", type=float, help="nats per answer that beta is steered towards (arXiv 1909.08593)")
-    add("--kl-gain", type=float, default=0.1, help="how fast: beta changes by at most 0.2 of this share per step")
+    add("--temperature", type=number(0.001), default=1.0, help="of sampling and of all log-probabilities")
+    add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of log-ratio to the reference costs")
+    add("--kl-target", type=number(0), help="nats per answer that beta is steered towards (arXiv 1909.08593)")
+    add("--kl-gain", type=number(0), default=0.1, help="how fast: beta changes by at most 0.2 of this share per step")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
         help="mean and deviation of scores: reward_stats.json's, or of the reference's own answers before the first step")
     add("--norm-prompts", type=positive, default=256, help="prompts that --reward-norm rollout answers")
-    add("--score-clip", type=float, default=5.0, help="normalised scores are clamped to plus or minus this")
-    add("--missing-eos-penalty", type=float, default=0.0, help="taken off the score of an answer without EOS")
+    add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to plus or minus this")
+    add("--missing-eos-penalty", type=number(0), default=0.0, help="taken off the score of an answer without EOS")
     add = parser.add_argument_group("PPO").add_argument
-    add("--gamma", type=float, default=1.0, help="discount per token")
-    add("--lam", type=float, default=0.95, help="lambda of GAE")
-    add("--clip", type=float, default=0.2, help="the probability ratio counts within 1 plus or minus this")
-    add("--value-clip", type=float, default=0.2, help="values count within this of the rollout's")
+    add("--gamma", type=number(0, 1), default=1.0, help="discount per token")
+    add("--lam", type=number(0, 1), default=0.95, help="lambda of GAE")
+    add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 plus or minus this")
+    add("--value-clip", type=number(0), default=0.2, help="values count within this of the rollout's")
     add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
     add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")
     add("--ptx-data", nargs="+", help="files of text or answers for a pre-training loss beside the policy's")
-    add("--ptx-coef", type=float, default=27.8, help="weight of the pre-training loss")
+    add("--ptx-coef", type=number(0), default=27.8, help="weight of the pre-training loss")
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
-    add("--ema", type=float, nargs="?", const=0.992, help="keep a moving average of the actor, of this decay, in OUT/ema")
+    add("--ema", type=number(0, 1), nargs="?", const=0.992, help="keep a moving average of the actor, of this decay, in OUT/ema")
     add = parser.add_argument_group("training").add_argument
     add("--out", help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that holds another run")
     add("--epochs", type=positive, default=1, help="passes over the prompts")
     add("--steps", type=positive, help="rollouts, instead of --epochs")
-    add("--actor-lr", type=float, default=9.65e-6, help="highest learning rate of the actor")
-    add("--critic-lr", type=float, default=5e-6, help="highest learning rate of the critic")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
+    add("--actor-lr", type=number(0), default=9.65e-6, help="highest learning rate of the actor")
+    add("--critic-lr", type=number(0), default=5e-6, help="highest learning rate of the critic")
+    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
+    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
-    args = parse(parser, "actor", "reward", "data", "out")
-    if args.temperature <= 0:
-        parser.error(f"--temperature is {args.temperature}, expected above 0: greedy answers explore nothing")
-    return args
+    return parse(parser, "actor", "reward", "data", "out")
 
 # ------------------------------------------------------------------------------------------------ the mathematics
 def token_logps(logits, ids, temperature):
@@ -161,7 +158,6 @@ def build_roles(args, dtype, device):
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
     if adapter and args.lora_rank:
         raise BadInput(f"--lora-rank: {args.actor} is an adapter already, of which a copy is trained; leave the flag out")
-
     # the actor, and the reference: what the actor is now
     actor = Llama.from_pretrained(full, dtype, device)
     if adapter:                              # a copy of the adapter is trained, the original is the reference
@@ -319,6 +315,8 @@ def read_inputs(args, world):
     accumulation = accumulate("--mini-batch", args.mini_batch, args.micro_batch, world)
     if args.rollout_batch % args.mini_batch:
         raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch {args.mini_batch}")
+    (full, adapter), reward_folders = resolve(args.actor, args.base), resolve(args.reward, args.reward_base)
+    check_folders(args, adapter, full, *reward_folders)
     longest = args.max_prompt + args.max_new
     tokenizer, config, folder = open_tokenizer(args.actor, args.base, longest)
     theirs, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
@@ -359,7 +357,7 @@ def main():
         prompts = train[:args.norm_prompts]
         uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, -1))
         score = rollout(roles, prompts, uniforms, args, tokenizer)["score"]
-        stats = {"mean": float(score.mean()), "std": max(float(score.std()), 1e-6)}
+        stats = {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
     beta, log = args.kl_coef, Log(args, steps, rank)
     ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed) if ptx else None
     answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)

@@ -24,24 +24,24 @@ import torch.nn.functional as F
 
 from data import collate_pairs, deal, encode_pair, load_records, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, load_weights, save_weights
-from lora import load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, accumulate, add_engine_flags, check_rows, engine_metrics, finish, make_engine, parse,
-                 positive, prepare_model, run, save, setup, shares, start_run, sum_over_ranks, together)
+from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
+from sft import (Log, accumulate, add_engine_flags, check_folders, check_rows, engine_metrics, finish, make_engine,
+                 number, parse, positive, run, save, setup, shares, start_run, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="LLaMA folder to start from, or a reward model's, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
-    add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
+    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of a new adapter; 0 trains all weights")
+    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-dropout", type=number(0, 1), default=0.0, help="share of the adapter's inputs dropped in training")
     add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of preference pairs (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
+    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and answer together")
     add = parser.add_argument_group("training").add_argument
     add("--out", help="folder to write")
@@ -51,10 +51,10 @@ def get_args():
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="pairs per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="pairs per rank and forward pass")
-    add("--lr", type=float, default=5e-5, help="highest learning rate")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
+    add("--lr", type=number(0), default=5e-5, help="highest learning rate")
+    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
+    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
@@ -158,6 +158,8 @@ def main():
     # 1. the pairs
     with together():
         accumulation = accumulate("--batch", args.batch, args.micro_batch, world)
+        full, adapter = resolve(args.model, args.base)
+        check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
         tally = Counter()
         train, held_out = ([row for r in records if (row := encode_pair(tokenizer, r, args.max_len, tally))]
@@ -167,9 +169,10 @@ def main():
 
     # 2. the model, and the weights of it that are trained; the score head always is
     with together():
-        full, adapter = resolve(args.model, args.base)
         model = load_reward_model(args.model, dtype, device, args.base)
-        prepare_model(args, model, config, adapter is not None)
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
+        model.config, model.model.checkpointing = config, args.checkpointing
         start_run(args, rank)
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -37,15 +37,15 @@ def get_args():
     add = parser.add_argument_group("model").add_argument
     add("--model", help="LLaMA folder, or an adapter folder, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
-    add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
+    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of a new adapter; 0 trains all weights")
+    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-dropout", type=number(0, 1), default=0.0, help="share of the adapter's inputs dropped in training")
     add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
+    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and response together")
     add = parser.add_argument_group("training").add_argument
     add("--out", help="folder to write")
@@ -54,10 +54,10 @@ def get_args():
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="rows per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="rows per rank and forward pass")
-    add("--lr", type=float, default=5e-5, help="highest learning rate")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
+    add("--lr", type=number(0), default=5e-5, help="highest learning rate")
+    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
+    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
@@ -98,6 +98,8 @@ def main():
     # 1. everything that can be wrong is looked at before any weights load, and by all ranks together
     with together():
         accumulation = accumulate("--batch", args.batch, args.micro_batch, world)
+        full, adapter = resolve(args.model, args.base)
+        check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
         tally = Counter()
         train, held_out = ([row for r in records if (row := encode_sft(tokenizer, r, args.max_len, tally))]
@@ -107,9 +109,10 @@ def main():
 
     # 2. the model, and the weights of it that are trained
     with together():
-        full, adapter = resolve(args.model, args.base)
         model = load_model(args.model, dtype, device, args.base)
-        prepare_model(args, model, config, adapter is not None)
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
+        model.config, model.model.checkpointing = config, args.checkpointing
         start_run(args, rank)
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,11 +153,15 @@ def add_engine_flags(parser):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-def positive(text):
-    """argparse type of a flag that counts something."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+def number(low, high=1e12, kind=float):
+    """argparse type of a number from low to high, both included."""
+    def parse_number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        return kind(text)
+    return parse_number
+
+positive = number(1, kind=int)
 
 def shares(text):
     """argparse type of --split: three shares such as 4,4,2, or none."""
@@ -242,25 +249,26 @@ def check_rows(train, held_out, batch, tally):
     if not held_out:
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
 
-def prepare_model(args, model, config, is_adapter):
-    """Adds the adapter of --lora-rank; sets what the flags say of the network."""
-    if args.lora_rank and is_adapter:
-        raise BadInput(f"--lora-rank: {args.model} is an adapter already, which is trained on; leave the flag out")
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-    model.config, model.model.checkpointing = config, args.checkpointing
+WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
+
+def check_folders(args, adapter, *folders):
+    """BadInput where --out is one of the folders that are read, or holds another run, or where --lora-rank asks for an
+    adapter on an adapter; before any weights load."""
+    if args.lora_rank and adapter:
+        raise BadInput(f"--lora-rank: {adapter} is an adapter already, which is trained on; leave the flag out")
+    if Path(args.out).resolve() in [folder.resolve() for folder in (adapter, *folders) if folder]:
+        raise BadInput(f"--out {args.out}: is a folder that this run reads; choose another")
+    if not args.overwrite and any((Path(args.out) / name).exists() for name in WRITTEN):
+        raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, or --overwrite")
 
 def start_run(args, rank):
-    """Rank 0 makes --out and writes args.json; BadInput where it holds another run or cannot be written."""
+    """Rank 0 makes --out and writes args.json; BadInput where it cannot be written."""
     out = Path(args.out)
-    written = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
     if rank:
         return
-    if not args.overwrite and any((out / name).exists() for name in written):
-        raise BadInput(f"--out {out}: holds a run or a model already; choose another folder, or --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in written:                 # an adapter_config.json left behind would win over the new full model
+        for name in WRITTEN:                 # an adapter_config.json left behind would win over the new full model
             (out / name).unlink(missing_ok=True)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
         flags = {**vars(args), "world_size": dist.get_world_size(), "versions": versions}

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import sentencepiece
-import torch
 
 from conftest import REPO, run_script, tiny_config
 from llama import Llama, copy_tokenizer

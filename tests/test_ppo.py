@@ -10,8 +10,8 @@ from conftest import tiny_llama
 from data import Tokenizer, collate_prompts, encode_prompt, read_records
 from llama import BadInput, Llama, copy_tokenizer
 from lora import add_lora, load_model, save_adapter, use_adapter
-from ppo import (build_roles, explained_variance, gae, policy_loss, policy_measures, random_numbers, response_logps, rollout,
-                 shape_rewards, token_logps, trained_parameters, value_loss, whiten)
+from ppo import (build_roles, explained_variance, gae, policy_loss, policy_measures, random_numbers, response_logps,
+                 rollout, shape_rewards, token_logps, trained_parameters, value_loss, whiten)
 from reward import RewardModel, load_reward_model
 
 
@@ -45,7 +45,8 @@ def test_token_logps_of_half_precision_are_computed_in_float32():
 # ------------------------------------------------------------------------------------------------ rewards
 def test_rewards_of_a_worked_example():
     score = torch.tensor([2.0, -9.0])
-    logp, ref_logp = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 7.0]]), torch.tensor([[-2.0, -2.0, -1.0], [-3.0, -0.5, 9.0]])
+    logp = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 7.0]])
+    ref_logp = torch.tensor([[-2.0, -2.0, -1.0], [-3.0, -0.5, 9.0]])
     rewards = shape_rewards(score, logp, ref_logp, ragged([3, 2]), kl_coef=0.1, clip=5.0)
     assert torch.allclose(rewards, torch.tensor([[-0.1, 0.0, 0.2 + 2.0], [-0.2, 0.05 - 5.0, 0.0]]))
 
@@ -66,7 +67,7 @@ def test_the_penalty_is_taken_off_after_clamping_and_only_where_it_is_given():
 
 
 def test_an_answer_of_no_tokens_gets_no_reward():
-    assert torch.equal(shape_rewards(torch.ones(1), some(1, 4), some(1, 4), ragged([0], 4), 1.0, 5.0), torch.zeros(1, 4))
+    assert not shape_rewards(torch.ones(1), some(1, 4), some(1, 4, seed=1), ragged([0], 4), 1.0, 5.0).any()
 
 
 # ------------------------------------------------------------------------------------------------ advantages
@@ -236,10 +237,13 @@ def test_random_numbers_depend_on_seed_and_step_alone():
 # ------------------------------------------------------------------------------------------------ folders and roles
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory):
-    """A process group of this process alone: what ranks do together, it does with itself."""
-    store = tmp_path_factory.mktemp("group") / "store"
+    """A process group of this process alone: what ranks do together, it does with itself. On one thread, since on a
+    busy machine tiny matrices wait for the other threads far longer than they take."""
+    store, threads = tmp_path_factory.mktemp("group") / "store", torch.get_num_threads()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     dist.destroy_process_group()
 
 
@@ -291,7 +295,8 @@ CASES = {  # actor folder, reward folder, flags, networks in memory, adapters of
     "all weights": ("full", "reward", (), 4, (None, None, None, None)),
     "all weights, reward adapter on the same base": ("full", "reward-adapter", (), 3, (None, None, "critic", "reward")),
     "new adapters": ("full", "reward", LORA, 2, ("actor", None, "critic", None)),
-    "new adapter, reward adapter on the same base": ("full", "reward-adapter", LORA, 1, ("actor", None, "critic", "reward")),
+    "new adapter, reward adapter on the same base": (
+        "full", "reward-adapter", LORA, 1, ("actor", None, "critic", "reward")),
     "adapters on one base": ("adapter", "reward-adapter", (), 1, ("actor", "ref", "critic", "reward")),
     "adapters on two bases": ("adapter", "reward-other", (), 2, ("actor", "ref", "critic", "reward")),
     "actor adapter, full reward model": ("adapter", "reward", (), 3, ("actor", "ref", None, None)),
@@ -336,7 +341,7 @@ def test_four_roles_on_one_base_take_the_memory_of_about_one(case, roles_of, bas
                 shared = model.get_parameter(name)
                 assert shared.data_ptr() == roles["actor"][0].get_parameter(name).data_ptr()
                 assert torch.equal(shared, parameter)
-    assert one < sum(in_memory.values()) < 1.2 * one              # the adapters of a network of 32 columns weigh something
+    assert one < sum(in_memory.values()) < 1.2 * one
 
 
 @torch.no_grad()
@@ -348,7 +353,8 @@ def test_each_role_says_what_its_folder_says_alone(case, roles_of, folders):
     said = outputs(roles)
     assert torch.equal(said["actor"], said["ref"]) and torch.equal(said["critic"], said["reward"])
     assert torch.allclose(said["actor"], logits, atol=1e-5) and torch.allclose(said["reward"], scores, atol=1e-5)
-    assert (said["actor"] - load_model(folders["full"])(FIXED, EVERYWHERE)).abs().max() > 0.01 or actor == "full"
+    if actor == "adapter":                   # and an adapter says something else than its base
+        assert (said["actor"] - load_model(folders["full"])(FIXED, EVERYWHERE)).abs().max() > 0.01
 
 
 def test_a_new_adapter_beside_an_adapter_is_refused(roles_of):
@@ -387,11 +393,13 @@ def test_training_moves_the_actor_and_the_critic_and_neither_of_the_frozen_roles
     trained = trained_parameters(roles)
     with torch.no_grad():
         before = outputs(roles)
-    for role, network in (("actor", 0), ("critic", 1)):
+    for role, other in (("actor", "critic"), ("critic", "actor")):
         use_adapter(*roles[role])
         roles[role][0](FIXED, EVERYWHERE).square().mean().backward()
-        assert all(p.grad is None for other in trained if other != role and not network for p in trained[other])
-        torch.optim.SGD(trained[role], lr=0.1).step()
+        assert all(p.grad is None for p in trained[other])
+        optimizer = torch.optim.SGD(trained[role], lr=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():
             after = outputs(roles)
         assert not torch.equal(after[role], before[role])
@@ -420,7 +428,8 @@ def rolled(roles_of, tokenizer, prompts):
     low number are drawn, and EOS is id 2."""
     def roll(case):
         actor, reward, flags, *_ = CASES[case]
-        roles, args = roles_of(actor, reward, *flags, "--temperature", "0.8", "--micro-batch", "3", "--max-new", str(NEW))
+        flags = (*flags, "--temperature", "0.8", "--micro-batch", "3", "--max-new", NEW)
+        roles, args = roles_of(actor, reward, *flags)
         trained_parameters(roles)
         roles["actor"][0].n_words = tokenizer.vocab_size
         uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))
@@ -471,8 +480,9 @@ def test_every_role_judges_an_answer_as_it_would_the_text_alone(case, rolled, pr
             logits = roles[role][0](text, everywhere)[0, len(prompt) - 1:-1, :tokenizer.vocab_size].double()
             expected = (logits / args.temperature).log_softmax(-1).gather(1, text[0, len(prompt):, None])[:, 0]
             assert (batch[key][i, :n] - expected).abs().max() < 1e-5
-        use_adapter(*roles["critic"])                              # values[t] is that of the text before token t
-        assert torch.allclose(batch["values"][i, :n], roles["critic"][0](text, everywhere)[0, len(prompt) - 1:-1], atol=1e-5)
+        use_adapter(*roles["critic"])
+        before = roles["critic"][0](text, everywhere)[0, len(prompt) - 1:-1]         # what it says before each token
+        assert torch.allclose(batch["values"][i, :n], before, atol=1e-5)
         use_adapter(*roles["reward"])
         assert torch.allclose(batch["score"][i], roles["reward"][0](text, everywhere)[0, -1], atol=1e-5)
 

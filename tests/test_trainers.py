@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 LORA = "--lora-rank 4 --lora-targets q_proj,v_proj,down_proj"
 SUPERVISED = "--data $pairs --max-len 64 --batch 8 --lr 1e-3 --steps 3 --log-every 1 --eval-every 2"
 PPO = ("--data $pairs --max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 2 "
-       "--actor-lr 1e-3 --critic-lr 1e-3 --eval-every 2")
+       "--actor-lr 3e-4 --critic-lr 3e-4 --eval-every 2")
 EXTRAS = ("--ptx-data $text --ptx-coef 0.5 --ema 0.9 --kl-target 0.01 --missing-eos-penalty 0.5 --reward-norm rollout "
           "--norm-prompts 11 --gold $gold --save-critic --checkpointing")
 # name: (script, flags); @name stands for the folder of another run, $name for an input
@@ -67,7 +67,7 @@ def inputs(tmp_path_factory, tokenizer_file, pairs_file):
     probability at all, so that EOS (2) is the word that the smallest random numbers pick."""
     folder = tmp_path_factory.mktemp("inputs")
     model = tiny_llama(std=0.05)
-    with torch.no_grad():                    # a constant in every hidden state, by which the head raises and lowers words
+    with torch.no_grad():                    # a constant in every hidden state, by which the head favours words
         model.model.embed_tokens.weight[:, 0] = 5
         model.lm_head.weight[:, 0] = 0
         model.lm_head.weight[:2, 0] = -40
@@ -76,7 +76,8 @@ def inputs(tmp_path_factory, tokenizer_file, pairs_file):
     copy_tokenizer(tokenizer_file.parent, folder / "talker")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"the sky is blue {i}"}) + "\n" for i in range(20)))
     (folder / "gold.py").write_text("def gold(prompt, answer):\n    return len(answer)\n")
-    return {"$talker": folder / "talker", "$pairs": pairs_file, "$text": folder / "text.jsonl", "$gold": folder / "gold.py"}
+    return {"$talker": folder / "talker", "$pairs": pairs_file, "$text": folder / "text.jsonl",
+            "$gold": folder / "gold.py"}
 
 
 def start(script, *flags, ranks=0, env=None):
@@ -86,7 +87,7 @@ def start(script, *flags, ranks=0, env=None):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, inputs):
-    """trained(job): the folder of its reference run, which is made when first asked for; trained.chain for many runs."""
+    """trained(job): the folder of its reference run, made when first asked for; trained.chain makes many others."""
     root, folders = tmp_path_factory.mktemp("runs"), {}
 
     def fill(flags):
@@ -135,13 +136,15 @@ def samples(folder):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def assert_agree(run, reference, tolerance):
+def assert_agree(run, reference, tolerance, extra=""):
     """Metrics and samples of two runs are equal to the tolerance, their answers are the same, their weights close."""
+    incomparable = {"tokens_per_s", "grad_norm"} if "zero-stage 0" in extra else {"tokens_per_s"}
     for rows, others in ((metrics(run), metrics(reference)), (samples(run), samples(reference))):
-        assert [row.keys() for row in rows] == [row.keys() for row in others]
+        assert [row.keys() - incomparable for row in rows] == [row.keys() - incomparable for row in others]
         for row, other in zip(rows, others):
-            for key in row.keys() - {"tokens_per_s"}:
-                expected = other[key] if isinstance(other[key], str) else pytest.approx(other[key], tolerance, tolerance)
+            for key in row.keys() - incomparable:
+                number = not isinstance(other[key], str)
+                expected = pytest.approx(other[key], tolerance, tolerance) if number else other[key]
                 assert row[key] == expected, f"{key} at step {row['step']}"
     new, old = weights(run), weights(reference)
     assert new.keys() == old.keys() and all((new[k] - old[k]).abs().max() < 1e-4 for k in old)
@@ -151,13 +154,19 @@ def assert_agree(run, reference, tolerance):
 @pytest.mark.parametrize("extra", ONE_RANK)
 @pytest.mark.parametrize("job", JOBS)
 def test_results_do_not_depend_on_the_micro_batch(job, extra, trained, on_one_rank):
-    assert_agree(on_one_rank[job, extra], trained(job), 1e-4 if "stage 3" in extra else 1e-5)
+    assert_agree(on_one_rank[job, extra], trained(job), 1e-4 if "stage 3" in extra else 1e-5, extra)
 
 
 @pytest.mark.parametrize("extra", TWO_RANKS)
 @pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_give_what_one_rank_gives_in_every_zero_stage(job, extra, trained, on_two_ranks):
-    assert_agree(on_two_ranks[job, extra], trained(job), 1e-5 if "stage 2" in extra else 1e-4)
+    assert_agree(on_two_ranks[job, extra], trained(job), 1e-5 if "stage 2" in extra else 1e-4, extra)
+
+
+@pytest.mark.parametrize("job", ["sft", "ppo-one-base"])
+def test_no_zero_stage_logs_a_gradient_of_zero(job, on_two_ranks):
+    for extra in TWO_RANKS:                  # one that is not known may be left out, but 0 would be false
+        assert all(line.get("grad_norm", 1) > 0 for line in metrics(on_two_ranks[job, extra])), extra
 
 
 def test_the_launcher_without_a_compiler_gives_what_plain_python_gives(trained, tmp_path):
@@ -167,7 +176,8 @@ def test_the_launcher_without_a_compiler_gives_what_plain_python_gives(trained, 
             if not program.name.startswith(compilers) and not (tmp_path / program.name).exists():
                 (tmp_path / program.name).symlink_to(program)
     assert not any(shutil.which(c, path=tmp_path) for c in compilers) and shutil.which("env", path=tmp_path)
-    env = {"PATH": str(tmp_path), "CC": "/nonexistent", "CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(tmp_path / "new")}
+    env = {"PATH": str(tmp_path), "CC": "/nonexistent", "CXX": "/nonexistent",
+           "TORCH_EXTENSIONS_DIR": str(tmp_path / "new")}
     assert_agree(trained("sft", ranks=2, env=env), trained("sft"), 1e-5)
 
 
@@ -213,8 +223,8 @@ def test_bf16_starts_near_ratio_one(trained):
 def test_uneven_answers_are_one_token_on_one_side_of_the_batch(trained):
     steps = [line for line in metrics(trained("ppo-uneven")) if "length" in line]
     assert all(line["eos_share"] >= 0.5 and line["length"] >= 1.5 for line in steps)
-    responses = [row["response"] for row in samples(trained("ppo-uneven"))[:5]]       # before training, and an odd number
-    assert responses[:2] == ["", ""] and all(responses[2:])
+    responses = [row["response"] for row in samples(trained("ppo-uneven"))[:5]]      # those before training
+    assert responses[:2] == ["", ""] and any(responses[2:])
 
 
 # ------------------------------------------------------------------------------------------------ the folders
@@ -222,41 +232,50 @@ IDS = torch.tensor([[1, 300, 7, 44, 2, 301, 19]])
 EVERYWHERE = torch.ones_like(IDS, dtype=torch.bool)
 
 
+def load_elsewhere(folder, kind):
+    """The model in a folder as transformers loads it, or PEFT where it is an adapter."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    if not (folder / "adapter_config.json").exists():
+        return getattr(transformers, kind).from_pretrained(folder)
+    labels = {"num_labels": 1, "pad_token_id": 0} if "Sequence" in kind else {}
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return peft.PeftModel.from_pretrained(getattr(transformers, kind).from_pretrained(base, **labels), folder)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("job, part", [("sft", "."), ("sft-lora", "."), ("ppo", "."), ("ppo", "ema"), ("ppo-new-lora", "."),
-                                       ("ppo-one-base", "."), ("ppo-one-base", "ema")])
+@pytest.mark.parametrize("job, part", [("sft", "."), ("sft-lora", "."), ("ppo", "."), ("ppo", "ema"),
+                                       ("ppo-new-lora", "."), ("ppo-one-base", "."), ("ppo-one-base", "ema")])
 def test_transformers_and_peft_load_the_language_models(job, part, trained):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     folder = trained(job) / part
-    if (folder / "adapter_config.json").exists():
-        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
-    else:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    ours = load_model(folder)(IDS, EVERYWHERE)
-    assert (theirs(IDS).logits - ours).abs().max() < 1e-4
-    tokenizer, text = transformers.AutoTokenizer.from_pretrained(folder), "\n\nHuman: why is the sky blue\n\nAssistant:"
-    assert tokenizer(text).input_ids == [1, *Tokenizer(folder).encode(text)]
+    ours, theirs = load_model(folder)(IDS, EVERYWHERE), load_elsewhere(folder, "AutoModelForCausalLM")(IDS).logits
+    assert (theirs - ours).abs().max() < 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("job, part", [("reward", "."), ("reward-lora", "."), ("ppo", "critic"), ("ppo-one-base", "critic")])
+@pytest.mark.parametrize("job, part", [("reward", "."), ("reward-lora", "."), ("ppo", "critic"),
+                                       ("ppo-one-base", "critic")])
 def test_transformers_and_peft_load_the_reward_models(job, part, trained):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     folder = trained(job) / part
-    if (folder / "adapter_config.json").exists():
-        theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-        theirs.config.pad_token_id = theirs.base_model.model.config.pad_token_id = 0
-    else:
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     ours = load_reward_model(folder)(IDS, EVERYWHERE)[:, -1:]
-    assert ours.abs() > 1e-3 and (theirs(IDS).logits - ours).abs().max() < 1e-4
+    theirs = load_elsewhere(folder, "AutoModelForSequenceClassification")(IDS).logits
+    assert ours.abs() > 1e-3 and (theirs - ours).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("job, part", [("sft", "."), ("reward-lora", "."), ("ppo-one-base", "ema"),
+                                       ("ppo-one-base", "critic")])
+def test_transformers_gives_the_ids_of_the_tokenizer(job, part, trained):
+    text = "\n\nHuman: why is the sky blue today\n\nAssistant:"
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(trained(job) / part)  # needs protobuf
+    assert theirs(text).input_ids == [1, *Tokenizer(trained(job) / part).encode(text)]
 
 
 @pytest.mark.parametrize("job", ["ppo", "ppo-one-base"])
 def test_the_moving_average_lies_between_the_first_actor_and_the_last(job, trained):
-    first, last, average = (weights(f) for f in (trained(JOBS[job][1].split()[1][1:]), trained(job), trained(job) / "ema"))
-    way = [float((average[k] - first[k]).norm() / (last[k] - first[k]).norm()) for k in last if ".lora_A" in k or ".mlp" in k]
-    assert way and all(0.05 < share < 0.6 for share in way)       # 1 - 0.9^8 = 0.57 of the way, were all of it the first step
+    folders = (trained(JOBS[job][1].split()[1][1:]), trained(job), trained(job) / "ema")
+    first, last, average = (weights(folder) for folder in folders)
+    way = [float((average[k] - first[k]).norm() / (last[k] - first[k]).norm()) for k in last
+           if ".lora_A" in k or ".mlp" in k]
+    assert way and all(0.05 < share < 0.6 for share in way)       # 1 - 0.9^8 = 0.57, were all of the way the first step
 
 
 @pytest.mark.parametrize("job", ["ppo-one-base", "ppo"])
@@ -290,9 +309,9 @@ def test_args_json_and_metrics_say_how_the_run_went(job, trained, on_two_ranks):
 def test_ppo_logs_every_measure_and_keeps_its_samples(trained):
     lines, rows = metrics(trained("ppo-one-base")), samples(trained("ppo-one-base"))
     steps = [line for line in lines if "lr" in line]
-    assert all(line.keys() == {"step", "epoch", "score", "kl", "length", "eos_share", "policy_loss", "value_loss", "ptx_loss",
-                               "approx_kl", "first_ratio", "clip_frac", "entropy", "explained_var", "beta", "lr", "grad_norm",
-                               "skipped", "tokens_per_s"} for line in steps)
+    assert all(line.keys() == {"step", "epoch", "score", "kl", "length", "eos_share", "policy_loss", "value_loss",
+                               "ptx_loss", "approx_kl", "first_ratio", "clip_frac", "entropy", "explained_var", "beta",
+                               "lr", "grad_norm", "skipped", "tokens_per_s"} for line in steps)
     assert [row["step"] for row in rows] == [0] * 5 + [2] * 5 and rows[0]["prompt"] == rows[5]["prompt"]
     assert all(row["gold"] == len(row["response"]) and row["prompt"].endswith("Assistant:") for row in rows)
     assert all(row["kl"] == 0 for row in rows[:5]) and any(row["kl"] != 0 for row in rows[5:])
@@ -303,4 +322,4 @@ def test_ppo_logs_every_measure_and_keeps_its_samples(trained):
 
 def test_beta_is_steered_towards_the_target_of_the_kl(trained):
     first, second = (line for line in metrics(trained("ppo-one-base")) if "beta" in line)
-    assert first["beta"] == 0.02 and second["beta"] == pytest.approx(0.02 * (1 - 0.1 * 0.2))     # KL 0 is below the target
+    assert first["beta"] == 0.02 and second["beta"] == pytest.approx(0.02 * (1 - 0.1 * 0.2))    # KL 0 is below it
