@@ -214,7 +214,7 @@ def split_records(records, weights, phase, seed):
 
     def place(row):
         question = next((t for role, t in parse_turns(row["prompt"]) if role == "Human"), "") or row["chosen"] or ""
-        digest = hashlib.sha256(f"{seed}:{question}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{question}".encode("utf-8", "replace")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 * whole
 
     return [row for row in records if low <= place(row) < high]

@@ -425,12 +425,14 @@ def prompts(tokenizer, pairs_file):
 @pytest.fixture
 def rolled(roles_of, tokenizer, prompts):
     """rolled(case) -> (roles, args, uniforms, batch); the rows of even number have small random numbers, so that ids of
-    low number are drawn, and EOS is id 2."""
-    def roll(case):
+    low number are drawn, and EOS is id 2. moved: after actor and critic have left what they started from."""
+    def roll(case, moved=False):
         actor, reward, flags, *_ = CASES[case]
         flags = (*flags, "--temperature", "0.8", "--micro-batch", "3", "--max-new", NEW)
         roles, args = roles_of(actor, reward, *flags)
-        trained_parameters(roles)
+        trained = trained_parameters(roles)
+        for parameter in (p for parameters in trained.values() for p in parameters if moved):
+            parameter.data += 0.02 * some(*parameter.shape)
         roles["actor"][0].n_words = tokenizer.vocab_size
         uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))
         uniforms[::2] *= 0.02
@@ -468,10 +470,20 @@ def test_an_answer_is_what_the_actor_generates_for_its_prompt_alone(case, rolled
     assert batch["ended"].any() and not batch["ended"].all()
 
 
+def test_an_answer_whose_eos_is_the_last_token_there_is_room_for_has_ended(rolled, prompts, tokenizer):
+    roles, args, uniforms, batch = rolled(ONE)
+    lengths = batch["response_mask"].sum(1)
+    args.max_new = int(lengths[batch["ended"]].max())
+    cut = rollout(roles, prompts, uniforms[:, :args.max_new], args, tokenizer)
+    assert torch.equal(cut["ended"], batch["ended"]) and args.max_new < NEW
+    assert torch.equal(cut["response_mask"].sum(1), lengths.clamp(max=args.max_new))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_every_role_judges_an_answer_as_it_would_the_text_alone(case, rolled, prompts, tokenizer):
-    roles, args, _, batch = rolled(case)
+    roles, args, _, batch = rolled(case, moved=True)
+    assert (batch["old_logp"] - batch["ref_logp"]).abs().max() > 1e-3
     for i, prompt in enumerate(prompts):
         text, n = batch["ids"][i:i + 1][batch["mask"][i:i + 1]][None], batch["response_mask"][i].sum()
         everywhere = torch.ones_like(text, dtype=torch.bool)

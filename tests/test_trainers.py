@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 # rates at which a few steps move the weights far beyond rounding: runs that agree have trained alike, not stood still
 LORA = "--lora-rank 4 --lora-targets q_proj,v_proj,down_proj"
 SUPERVISED = "--data $pairs --max-len 64 --batch 8 --lr 1e-3 --steps 3 --log-every 1 --eval-every 2"
-PPO = ("--data $pairs --max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 2 "
+PPO = ("--data $pairs --max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 2 --weight-decay 3 "
        "--actor-lr 3e-4 --critic-lr 3e-4 --eval-every 2")
 EXTRAS = ("--ptx-data $text --ptx-coef 0.5 --ema 0.9 --kl-target 0.01 --missing-eos-penalty 0.5 --reward-norm rollout "
           "--norm-prompts 11 --gold $gold --save-critic --checkpointing")
@@ -131,6 +131,12 @@ def weights(folder):
     return {name: read_tensor(file, name) for name in read_tensor(file)}
 
 
+def all_weights(folder):
+    """Those of the critic and of the moving average too, where there are any."""
+    parts = [part for part in (".", "critic", "ema") if (folder / part).exists()]
+    return {(part, name): tensor for part in parts for name, tensor in weights(folder / part).items()}
+
+
 def samples(folder):
     file = folder / "samples.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -146,21 +152,23 @@ def assert_agree(run, reference, tolerance, extra=""):
                 number = not isinstance(other[key], str)
                 expected = pytest.approx(other[key], tolerance, tolerance) if number else other[key]
                 assert row[key] == expected, f"{key} at step {row['step']}"
-    new, old = weights(run), weights(reference)
-    assert new.keys() == old.keys() and all((new[k] - old[k]).abs().max() < 1e-4 for k in old)
+    new, old = all_weights(run), all_weights(reference)
+    assert new.keys() == old.keys()
+    for key in old:
+        assert (new[key] - old[key]).abs().max() < 1e-4, key
 
 
 # ------------------------------------------------------------------------------------------------ one meaning of batch
 @pytest.mark.parametrize("extra", ONE_RANK)
 @pytest.mark.parametrize("job", JOBS)
 def test_results_do_not_depend_on_the_micro_batch(job, extra, trained, on_one_rank):
-    assert_agree(on_one_rank[job, extra], trained(job), 1e-4 if "stage 3" in extra else 1e-5, extra)
+    assert_agree(on_one_rank[job, extra], trained(job), 1e-4 if "stage 3" in extra else 2e-5, extra)
 
 
 @pytest.mark.parametrize("extra", TWO_RANKS)
 @pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_give_what_one_rank_gives_in_every_zero_stage(job, extra, trained, on_two_ranks):
-    assert_agree(on_two_ranks[job, extra], trained(job), 1e-5 if "stage 2" in extra else 1e-4, extra)
+    assert_agree(on_two_ranks[job, extra], trained(job), 2e-5 if "stage 2" in extra else 1e-4, extra)
 
 
 @pytest.mark.parametrize("job", ["sft", "ppo-one-base"])
