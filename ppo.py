@@ -29,8 +29,8 @@ from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
 from sft import (Log, accumulate, add_engine_flags, engine_metrics, finish, gathered, load_rows, make_engine,
-                 n_labels, names, parse, positive, response_logits, run, save, say, setup, sft_loss, shares,
-                 start_run, sum_over_ranks, together)
+                 n_labels, parse, positive, response_logits, run, save, say, setup, sft_loss, start_run,
+                 sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -40,13 +40,8 @@ def get_args():
     add("--base", help="base model of an actor that is an adapter, where it is not where its config says")
     add("--reward-base", help="the same for the reward model")
     add("--lora-rank", type=int, default=0, help="rank of new adapters for full folders; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get one")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
     add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
     add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns go first")
     add("--max-new", type=positive, default=256, help="tokens of an answer")
@@ -75,15 +70,10 @@ def get_args():
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
     add("--ema", type=float, nargs="?", const=0.992, help="keep a moving average of the actor, in OUT/ema")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
     add("--epochs", type=positive, default=1, help="passes over the prompts")
     add("--steps", type=positive, help="rollouts, instead of --epochs")
     add("--actor-lr", type=float, default=9.65e-6, help="highest learning rate of the actor")
     add("--critic-lr", type=float, default=5e-6, help="highest learning rate of the critic")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)

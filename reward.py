@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, load_weights, save_weights
 from lora import load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, accumulate, add_engine_flags, engine_metrics, finish, load_rows, make_engine, names, parse,
-                 positive, prepare_model, run, save, setup, shares, start_run, sum_over_ranks, together)
+from sft import (Log, accumulate, add_engine_flags, engine_metrics, finish, load_rows, make_engine, parse,
+                 positive, prepare_model, run, save, setup, start_run, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -34,27 +34,17 @@ def get_args():
     add("--model", help="LLaMA folder to start from, or a reward model's, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
     add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get one")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of preference pairs (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and answer together")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
-    add("--loss", default="last", choices=["last", "dense"], help="compare last tokens, or all from where they part")
+    add("--loss", default="last", choices=["last", "dense"], help="compare last tokens, or all after they part")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="pairs per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="pairs per rank and forward pass")
     add("--lr", type=float, default=5e-5, help="highest learning rate")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)

@@ -38,26 +38,16 @@ def get_args():
     add("--model", help="LLaMA folder, or an adapter folder, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
     add("--lora-rank", type=int, default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=float, default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=names, default="q_proj,k_proj", help="ends of the names of the layers that get one")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and response together")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="rows per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="rows per rank and forward pass")
     add("--lr", type=float, default=5e-5, help="highest learning rate")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises; then a cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
@@ -137,7 +127,21 @@ def main():
 
 # ------------------------------------------------------------------------------------------------ for all trainers
 def add_engine_flags(parser):
+    """The flags that mean the same in sft.py, reward.py and ppo.py."""
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora-alpha", type=float, default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj",
+        help="ends of the names of the layers that get one")
+    add = parser.add_argument_group("division of the data").add_argument
+    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
+    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
+    add("--eval-share", type=float, default=0.05, help="share of the conversations held out")
     add = parser.add_argument_group("engine").add_argument
+    add("--out", help="folder to write")
+    add("--overwrite", action="store_true", help="write into a folder that holds another run")
+    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises; then a cosine")
+    add("--weight-decay", type=float, default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0 is off")
     add("--zero-stage", type=int, default=2, choices=range(4), help="1 shards optimiser, 2 gradients, 3 weights")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16, else fp16, on a GPU; fp32 on CPU")
     add("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, more time")
@@ -151,10 +155,6 @@ def positive(text):
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-def names(text):
-    """argparse type of a list of names."""
-    return text.split(",")
 
 def shares(text):
     """argparse type of --split: three shares such as 4,4,2, or none."""
