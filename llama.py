@@ -106,7 +106,7 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------ the network
 class Linear(nn.Linear):
-    """nn.Linear that starts at normal(0, 0.02); on the meta device torch would import its compiler for that."""
+    """nn.Linear that starts at normal(0, 0.02), but not on meta: torch would import its compiler for it."""
     def reset_parameters(self):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=0.02)

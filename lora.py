@@ -127,7 +127,7 @@ KNOWN = """peft_type task_type base_model_name_or_path revision inference_mode r
     peft_version megatron_core qalora_group_size""".split()
 
 def save_adapter(model, path, name, base, task_type):
-    """Writes a folder as PEFT does, for a base's folder; task_type is CAUSAL_LM, or SEQ_CLS for a reward model."""
+    """Writes a folder as PEFT does, for a base folder; task_type is CAUSAL_LM or, with the score head, SEQ_CLS."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     layers = {p: layer for p, layer in lora_layers(model) if name in layer.lora_A}

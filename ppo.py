@@ -146,7 +146,7 @@ def build_roles(args, dtype, device):
     full, adapter = resolve(args.actor, args.base)
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
     if adapter and args.lora_rank:
-        raise BadInput(f"--lora-rank: {args.actor} is an adapter already, which is trained on; leave the flag out")
+        raise BadInput(f"--lora-rank: {args.actor} is an adapter already, a copy is trained; leave the flag out")
 
     # the actor, and the reference: what the actor is now
     actor = Llama.from_pretrained(full, dtype, device)
@@ -278,7 +278,7 @@ def read_stats(args):
         return {"mean": 0.0, "std": 1.0}
     file = Path(args.reward) / "reward_stats.json"
     if not file.exists():
-        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none leaves them")
+        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none takes them raw")
     stats = read_json(file)
     if not all(isinstance(stats.get(k), float) for k in ("mean", "std")) or not stats["std"] > 0:
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
