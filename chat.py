@@ -1,7 +1,7 @@
 """Talk to a model in a terminal: any folder that sft.py or ppo.py wrote, full or adapter, or any LLaMA folder.
 
-The prompt is id for id the one the model was trained on: the conversation in the one template, BOS in front. An answer
-streams word by word and ends at EOS, or where the model begins to speak for the human. A conversation that grows too
+The prompt is id for id the one the model was trained on: the conversation in the one template, BOS in front. An
+answer streams word by word, to EOS or where the model begins to speak for the human. A conversation that grows too
 long for the model loses its oldest turns.
 
     python chat.py --model runs/ppo                            # /clear begins anew, /quit or end of input leaves
@@ -21,17 +21,17 @@ from lora import load_model
 def get_args():
     parser = argparse.ArgumentParser(description="Talk to a model in a terminal.")
     parser.add_argument("--model", required=True, help="model folder, full or adapter")
-    parser.add_argument("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
+    parser.add_argument("--base", help="base model of an adapter, if not where its config says")
     parser.add_argument("--prompt", help="answer this one question and exit")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest word each time")
-    parser.add_argument("--top-p", type=float, default=0.9, help="sample from the likeliest words that hold this share")
+    parser.add_argument("--top-p", type=float, default=0.9, help="sample from the likeliest words of this share")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer, at most")
     parser.add_argument("--seed", type=int, help="for the same answers every time")
     return parser.parse_args()
 
 def stream_text(tokenizer, ids, stop="\n\nHuman:"):
-    """Yields the text of ids (an iterator of ints) piece by piece, up to EOS or `stop`. Held back: what may still become
-    part of a longer character or of `stop`. Control characters are left out: they could take over the terminal."""
+    """Yields the text of ids (an iterator of ints) piece by piece, up to EOS or `stop`; holds back what may become
+    a longer character or `stop`. Control characters are left out: they could take over the terminal."""
     so_far, shown = [], 0
     for token in ids:
         ended = token == tokenizer.eos_id
@@ -53,7 +53,7 @@ def without_controls(text):
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 def answer(model, tokenizer, turns, args):
-    """Prints the model's answer to a conversation as it comes, and returns it; None where the question does not fit."""
+    """Prints the model's answer to a conversation as it comes, and returns it; None for a question too long."""
     tally = Counter()
     ids = encode_prompt(tokenizer, {"prompt": render(clean_turns(turns))},
                         model.config.max_position_embeddings - args.max_tokens, tally)
@@ -62,9 +62,8 @@ def answer(model, tokenizer, turns, args):
         return None
     if tally["prompts that lost their oldest turns"]:
         print("[the conversation is too long for this model; its oldest turns are left out]")
-    device = model.lm_head.weight.device
-    prompt, mask = (x.to(device) for x in collate_prompts([ids]))
-    steps = model.decode(prompt, mask, args.max_tokens, args.temperature, top_p=args.top_p, eos_id=tokenizer.eos_id)
+    prompt = [x.to(model.lm_head.weight.device) for x in collate_prompts([ids])]          # ids and mask (1, P)
+    steps = model.decode(*prompt, args.max_tokens, args.temperature, top_p=args.top_p, eos_id=tokenizer.eos_id)
     text = ""
     for piece in stream_text(tokenizer, (int(step) for step in steps)):
         print(piece, end="", flush=True)
@@ -92,10 +91,10 @@ def main():
             question = input("\nHuman: ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        if question in ("/quit", "/clear"):
+        if question == "/quit":
+            return
+        if question == "/clear":
             turns = []
-            if question == "/quit":
-                return
         elif question:
             print("Assistant: ", end="", flush=True)
             reply = answer(model, tokenizer, turns + [("Human", question)], args)

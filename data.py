@@ -33,7 +33,6 @@ from lora import resolve
 # ------------------------------------------------------------------------------------------------ tokenizer
 class Tokenizer:
     """A SentencePiece tokenizer.model, from a file or the folder that holds it. Special ids are read from it."""
-
     def __init__(self, path):
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         try:
@@ -57,10 +56,8 @@ class Tokenizer:
         return self.model.id_to_piece(list(range(self.vocab_size)))
 
 def open_tokenizer(path, base=None, longest=0):
-    """(tokenizer, config, folder of the tokenizer) of a model folder, an adapter's own tokenizer before its base's.
-
-    The checks that need no weights: BadInput where the network has fewer words than the tokenizer, or a context
-    shorter than `longest`. config gets the tokenizer's BOS and EOS, which are believed where config.json differs."""
+    """(tokenizer, config, its folder) of a model folder, an adapter's own tokenizer first. BadInput where it has
+    more words than the network, or the context is below `longest`. Its BOS and EOS win over config.json's."""
     full, adapter = resolve(path, base)
     folder = adapter if adapter is not None and (adapter / "tokenizer.model").exists() else full
     tokenizer, config = Tokenizer(folder), LlamaConfig.from_pretrained(full)
@@ -68,25 +65,25 @@ def open_tokenizer(path, base=None, longest=0):
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} only "
                        f"{config.vocab_size}; they do not belong together")
     if longest > config.max_position_embeddings:
-        raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or --max-tokens), the model's "
-                       f"context is {config.max_position_embeddings}")
-    ids = (tokenizer.bos_id, tokenizer.eos_id)
-    if ids != (config.bos_token_id, config.eos_token_id):
+        raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or "
+                       f"--max-tokens), the model's context is {config.max_position_embeddings}")
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if (bos, eos) != (config.bos_token_id, config.eos_token_id):
         print(f"note: {full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
-              f"tokenizer.model has {ids[0]}, {ids[1]}, which are used", file=sys.stderr)
-    config.bos_token_id, config.eos_token_id = ids
+              f"tokenizer.model has {bos}, {eos}, which are used", file=sys.stderr)
+    config.bos_token_id, config.eos_token_id = bos, eos
     return tokenizer, config, folder
 
 # ------------------------------------------------------------------------------------------------ template
 def parse_turns(text, before=r"(?:^|\n\n)"):
-    """A transcript as [(role, text)]. What stands before the first turn is a system text; no Human turn: one question."""
+    """A transcript as [(role, text)]; what precedes the first turn is a system text, no Human turn a question."""
     head, *parts = re.split(before + r"\s*(Human|Assistant):", text)
     if "Human" not in parts[::2]:
         return [("Human", text.strip())]
     return clean_turns([("System", head), *zip(parts[::2], parts[1::2])])
 
 def clean_turns(turns):
-    """Strips each text, puts a system text before the next question with a blank line, drops answers to nothing."""
+    """Strips texts, puts a system text before the next question with a blank line, drops answers to nothing."""
     cleaned, system = [], ""
     for role, text in turns:
         if role == "System":
@@ -105,9 +102,8 @@ def render(turns):
 
 # ------------------------------------------------------------------------------------------------ file formats
 def read_records(path, tally=None):
-    """All records of a file: JSON array or JSON lines, gzipped or not, or .parquet; kinds of rows as in row_records.
-
-    tally, a Counter, counts what was dropped. BadInput names the file and line of what cannot be read."""
+    """All records of a file: JSON array, JSON lines (both perhaps gzipped) or parquet, of the rows in row_records.
+    tally, a Counter, counts what was dropped. BadInput names file and line of what cannot be read."""
     tally = Counter() if tally is None else tally
     records = []
     for where, row in read_rows(Path(path)):
@@ -139,18 +135,14 @@ def read_rows(path):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    if text.lstrip()[:1] == "[":
-        try:
-            yield from enumerate(json.loads(text), 1)
-        except ValueError as error:
-            raise BadInput(f"{path}: is not JSON ({error})") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):
+    array = text.lstrip()[:1] == "["
+    for number, line in enumerate([text] if array else text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
-                raise BadInput(f"{path}:{number}: is not JSON ({error})") from None
+                raise BadInput(f"{path}{'' if array else f':{number}'}: is not JSON ({error})") from None
+            yield from enumerate(value, 1) if array else [(number, value)]
 
 def row_records(row, tally):
     """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
@@ -162,8 +154,8 @@ def row_records(row, tally):
     if has({"chosen", "rejected"}):                                                  # hh-rlhf: whole transcripts
         (*chosen, answer), (*rejected, other) = (parse_turns(text(row, key)) for key in ("chosen", "rejected"))
         if answer[0] != "Assistant" or other[0] != "Assistant":
-            raise BadInput("chosen and rejected stand without a prompt, so each must be a transcript of \"Human:\" "
-                           "and \"Assistant:\" turns that ends with an answer")
+            raise BadInput('chosen and rejected stand without a prompt, so each must be a transcript of "Human:" '
+                           'and "Assistant:" turns that ends with an answer')
         tally["pairs whose transcripts differ before the last answer"] += chosen != rejected
         return [record(chosen, answer[1], other[1])] if chosen == rejected else []
     if has({"messages"}):
@@ -182,12 +174,13 @@ def row_records(row, tally):
         return [record([("Human", f"{question}\n{extra}".strip())], text(row, "output"))]
     if has({"prompt"}):
         return [record(parse_turns(text(row, "prompt")), text(row, "chosen") if has({"chosen"}) else None)]
-    if has({"text"}):                                                                # no template: pre-training text
+    if has({"text"}):                                                                # pre-training: no template
         return [{"prompt": "", "chosen": text(row, "text").strip(), "rejected": None}]
     raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
 
 def record(turns, chosen, rejected=None):
-    return {"prompt": render(turns), "chosen": chosen and chosen.strip(), "rejected": rejected and rejected.strip()}
+    chosen, rejected = chosen and chosen.strip(), rejected and rejected.strip()
+    return {"prompt": render(turns), "chosen": chosen, "rejected": rejected}
 
 def text(row, key):
     if not isinstance(row[key], str):
@@ -197,19 +190,20 @@ def text(row, key):
 def conversation(row, key, role_key, text_key, tally):
     """One record per assistant turn, each with what stands before it as its prompt."""
     roles = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
-    if not isinstance(row[key], list) or not all(isinstance(m, dict) and m.keys() >= {role_key, text_key} for m in row[key]):
+    said, needed = row[key], {role_key, text_key}
+    if not isinstance(said, list) or not all(isinstance(m, dict) and m.keys() >= needed for m in said):
         raise BadInput(f"{key} must be a list of objects with {role_key} and {text_key}")
-    if unknown := [m[role_key] for m in row[key] if m[role_key] not in list(roles)]:
+    if unknown := [m[role_key] for m in said if m[role_key] not in list(roles)]:
         raise BadInput(f"{key}: {role_key} {unknown[0]!r} is none of {', '.join(roles)}")
-    turns = clean_turns([(roles[m[role_key]], text(m, text_key)) for m in row[key]])
+    turns = clean_turns([(roles[m[role_key]], text(m, text_key)) for m in said])
     records = [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
     tally["conversations without an answer"] += not records
     return records
 
 # ------------------------------------------------------------------------------------------------ split
 def split_records(records, weights, phase, seed):
-    """The records of one phase, whose shares are the weights. A conversation's side is a hash of its first question, so
-    no question stands on two sides, and every step and rank sees the same division."""
+    """The records of one phase, whose shares are the weights. A conversation's side is a hash of its first
+    question: no question stands on two sides, and every step and rank sees the same division."""
     low, high, whole = sum(weights[:phase]), sum(weights[:phase + 1]), sum(weights)
 
     def place(row):
@@ -220,8 +214,8 @@ def split_records(records, weights, phase, seed):
     return [row for row in records if low <= place(row) < high]
 
 def load_records(files, phase, split, seed, eval_files, eval_share, tally):
-    """(training, held-out) records of a phase from several files. split, such as (4, 4, 2), divides only files of pairs,
-    which all three steps can use; None gives everything. Without eval_files a share of the conversations is held out."""
+    """(training, held-out) records of a phase. split, such as (4, 4, 2), divides only files of pairs, which all
+    three steps can use; None gives everything. Without eval_files a share of the conversations is held out."""
     records = []
     for file in files:
         rows = read_records(file, tally)
@@ -234,8 +228,8 @@ def load_records(files, phase, split, seed, eval_files, eval_share, tally):
 
 # ------------------------------------------------------------------------------------------------ ids that fit
 def fit_prompt(tokenizer, prompt, room):
-    """(ids, lost): the prompt with BOS, without as many of its oldest turns as it takes to fit into `room` ids, though
-    never without its last question, and whether any were lost. Where even that does not fit it is returned all the same."""
+    """(ids, lost): the prompt with BOS, and whether it lost turns: the oldest go until it fits into `room` ids,
+    but never the last question, which is returned even where it does not fit."""
     if not prompt:
         return [tokenizer.bos_id], False
     turns = parse_turns(prompt)
@@ -256,8 +250,8 @@ def encode_prompt(tokenizer, record, max_len, tally=None):
     return ids
 
 def encode_sft(tokenizer, record, max_len, tally=None):
-    """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. The answer is kept before old turns of the
-    prompt; one that is too long even so is cut, and gets no EOS: nobody should learn to stop in mid-sentence."""
+    """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. Old turns go before the answer does; one
+    still too long is cut, and gets no EOS: nobody should learn to stop in mid-sentence."""
     tally = Counter() if tally is None else tally
     answer = tokenizer.encode((record["chosen"] or "").strip()) + [tokenizer.eos_id]
     prompt, lost = fit_prompt(tokenizer, record["prompt"], max_len - len(answer))
@@ -269,43 +263,42 @@ def encode_sft(tokenizer, record, max_len, tally=None):
     return (prompt + answer)[:max_len], len(prompt)
 
 def encode_pair(tokenizer, record, max_len, tally=None):
-    """(chosen_ids, rejected_ids, n_prompt) with one prompt, cut for the longer answer, or None: a pair is never cut."""
+    """(chosen_ids, rejected_ids, n_prompt) with one prompt, or None: no answer is ever cut."""
     tally = Counter() if tally is None else tally
-    chosen, rejected = (tokenizer.encode((record[k] or "").strip()) + [tokenizer.eos_id] for k in ("chosen", "rejected"))
+    chosen, rejected = (tokenizer.encode((record[key] or "").strip()) + [tokenizer.eos_id]
+                        for key in ("chosen", "rejected"))
     room = max_len - max(len(chosen), len(rejected))
     prompt, lost = fit_prompt(tokenizer, record["prompt"], room)
-    for why, so in (("an answer is empty", min(len(chosen), len(rejected)) == 1), ("identical", chosen == rejected),
-                    ("too long", len(prompt) > room)):
-        if so:
-            tally["pairs dropped: " + why] += 1
-            return None
+    empty, same = min(len(chosen), len(rejected)) == 1, chosen == rejected
+    if empty or same or len(prompt) > room:
+        tally["pairs dropped: " + ("an answer is empty" if empty else "identical" if same else "too long")] += 1
+        return None
     tally["prompts that lost their oldest turns"] += lost
     return prompt + chosen, prompt + rejected, len(prompt)
 
 # ------------------------------------------------------------------------------------------------ batches
 def batches(lengths, batch, seed, epoch):
-    """Lists of `batch` row numbers, of like length within each list (little padding) and in another order every epoch.
-    The rows left over at the end sit this epoch out; which ones changes with the epoch."""
+    """Lists of `batch` row numbers, of like length within a list (little padding), in another order every epoch.
+    The rows left over sit this epoch out; which ones changes with the epoch."""
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
     order = order[:len(order) // batch * batch]
-    pool = 50 * batch                                              # sort within pools: like lengths, yet random company
+    pool = 50 * batch                        # sort within pools of rows: like lengths, yet random company
     order = [i for at in range(0, len(order), pool) for i in sorted(order[at:at + pool], key=lambda i: lengths[i])]
     groups = [order[at:at + batch] for at in range(0, len(order), batch)]
     rng.shuffle(groups)
     return groups
 
 def stream(lengths, batch, seed, start=0):
-    """Yields (epoch, row numbers), batch after batch of epoch after epoch without end, from the start-th batch on."""
+    """Yields (epoch, row numbers) of batch after batch, epoch after epoch, from the start-th batch on."""
     per_epoch = len(lengths) // batch
     for epoch in itertools.count(start // per_epoch):
         yield from ((epoch, rows) for rows in batches(lengths, batch, seed, epoch)[start % per_epoch:])
         start = 0
 
 def deal(rows, rank, world, micro):
-    """This rank's share of a global batch, in micro-batches. Dealt like cards: ranks get like lengths, and together
-    exactly the batch, however many ranks and micro-batches there are."""
+    """This rank's share of a global batch, in micro-batches; dealt like cards: ranks get like lengths."""
     mine = rows[rank::world]
     return [mine[at:at + micro] for at in range(0, len(mine), micro)]
 
@@ -325,8 +318,7 @@ def collate_sft(rows):
     return ids, mask, ids.masked_fill(~mask | (torch.arange(ids.shape[1]) < n_prompt), -100)
 
 def collate_pairs(rows):
-    """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), the chosen first, and starts (B,), the column where
-    the two first differ."""
+    """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), chosen first; starts (B,), where they part."""
     ids, mask = pad([chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows])
     starts = [next(t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b) for chosen, rejected, _ in rows]
     return ids, mask, torch.tensor(starts)

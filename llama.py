@@ -5,8 +5,8 @@ A decoder-only transformer (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288
 2. in each layer: RMSNorm, attention with rotary positions, add; RMSNorm, SwiGLU, add
 3. a last RMSNorm, then the head gives one logit per word of the vocabulary
 
-Shapes, here and in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head
-size, V vocabulary. `mask` (B,T) says which ids are real; nothing is ever inferred from the value of an id.
+Shapes, in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head size,
+V vocabulary. `mask` (B,T) says which ids are real; nothing is ever inferred from the value of an id.
 
     model = Llama.from_pretrained("some/llama/folder")
     response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 class BadInput(ValueError):
-    """Something a user did: the message is one line that names the file or flag, what was found, and what to do."""
+    """What a user did: the message is one line that names the file or flag, what was found, and what to do."""
 
 # ------------------------------------------------------------------------------------------------ configuration
 @dataclass
@@ -50,15 +50,12 @@ class LlamaConfig:
     eos_token_id: int | list | None = 2
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads path/config.json as transformers 4 and 5 write it; keys that are not known are ignored. BadInput
-        where a key would change the result in a way not known here, or makes no sense."""
+        """Reads path/config.json of transformers 4 and 5; BadInput where a key asks for what is not done here."""
         where = Path(path) / "config.json"
         raw = read_json(where)
         # transformers 5 puts all of rope under one key; a reader of the old keys alone would fall back to 10,000
@@ -67,26 +64,25 @@ class LlamaConfig:
             raise BadInput(f"{where}: rope_scaling is {rope!r}, expected an object")
         rope = {"rope_theta": raw.get("rope_theta") or cls.rope_theta, **rope}
         rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
-        scaling = {"default": [], "linear": ["factor"], "llama3": [
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+        llama3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        scaling = {"default": [], "linear": ["factor"], "llama3": llama3}
         allowed = {"model_type": ["llama"], "hidden_act": ["silu", None], "rope_type": list(scaling),
                    "partial_rotary_factor": [1, None], "sliding_window": [None], "quantization_config": [None]}
-        for key, values in allowed.items():
-            if (value := (raw | rope).get(key)) not in values:
-                raise BadInput(f"{where}: {key} {value!r} is not supported (there is {', '.join(map(str, values))})")
+        for key, only in allowed.items():
+            if (value := (raw | rope).get(key)) not in only:
+                raise BadInput(f"{where}: {key} {value!r} is not supported (there is {', '.join(map(str, only))})")
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        values["rope_theta"] = rope.pop("rope_theta")
-        values["rope_scaling"] = rope if kind != "default" else None
+        values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if kind == "default" else rope}
         types = {f.name: f.type for f in fields(cls)} | dict.fromkeys(scaling[kind], int | float)
-        for key in {**values, **dict.fromkeys(scaling[kind])}:
+        for key in [*values, *scaling[kind]]:
             value = (rope | values).get(key)
-            below_one = type(value) in (int, float) and value <= 0 and not key.endswith("token_id")
-            if not isinstance(value, types[key]) or below_one:
+            too_small = type(value) in (int, float) and value <= 0 and not key.endswith("token_id")
+            if too_small or not isinstance(value, types[key]):
                 raise BadInput(f"{where}: {key} is {value!r}")
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise BadInput(f"{where}: num_attention_heads {config.num_attention_heads} must divide by "
-                           f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} by 2")
+                f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} by 2")
         return config
 
     def to_dict(self, architecture="LlamaForCausalLM", dtype=torch.float32):
@@ -110,9 +106,7 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------ the network
 class Linear(nn.Linear):
-    """nn.Linear that starts at normal(0, 0.02), and draws nothing on the meta device: torch would import its
-    compiler for that, a second and 70 MB at every start."""
-
+    """nn.Linear that starts at normal(0, 0.02), but not on meta: torch would import its compiler for it."""
     def reset_parameters(self):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=0.02)
@@ -121,7 +115,6 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the root mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -153,19 +146,16 @@ def rotate(x, cos, sin):
 
 class KVCache:
     """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled."""
-
     def __init__(self, config, batch, columns, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
     def extend(self, layer, k, v):
         """Writes k, v (B,Hkv,T,D) behind what is there and returns everything so far, as views."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = (x[layer, :, :, :self.length + k.shape[2]] for x in (self.keys, self.values))
+        keys[:, :, self.length:], values[:, :, self.length:] = k, v
+        return keys, values
 
 class Attention(nn.Module):
     def __init__(self, config, index):
@@ -209,13 +199,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
-    """ids (B,T), mask (B,T) -> hidden states (B,T,C) after the last norm. The language model and the reward model
-    both stand on it. With a cache, ids are the newest T of the mask's S columns."""
-
+    """ids, mask (B,T) -> hidden states (B,T,C); with a cache, ids are the newest T of the mask's S columns."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.checkpointing = False           # recompute each layer in the backward pass instead of keeping it
+        self.config, self.checkpointing = config, False            # True: recompute layers in the backward pass
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         if not self.embed_tokens.weight.is_meta:
@@ -224,8 +211,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, mask, cache=None):
-        T, S = ids.shape[1], mask.shape[1]
-        mask = mask.bool()
+        T, S, mask = ids.shape[1], mask.shape[1], mask.bool()
         x = self.embed_tokens(ids)                                                          # (B, T, C)
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]                            # (B, T)
@@ -246,12 +232,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 class Llama(nn.Module):
-    """The language model: `model` is the transformer, `lm_head` the head; the state-dict keys are Hugging Face's."""
-
+    """The language model: `model`, the transformer, and `lm_head`; the state-dict keys are Hugging Face's."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.model = Transformer(config)
+        self.config, self.model = config, Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.n_words = config.vocab_size     # ids from here on are never sampled: set it to the tokenizer's size
         self.tie_weights()
@@ -261,19 +245,18 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, mask, at=None):
-        """Logits (B,T,V) of the next id; with at (B,T) bool only those at these places, (N,V) in row-major order:
-        the head is most of the work of a small model, and training needs it at few places."""
+        """Logits (B,T,V) of the next id; with at (B,T) bool only those there, (N,V) row by row: the head is most
+        of the work of a small model, and training needs it at few places."""
         hidden = self.model(ids, mask)
         return self.lm_head(hidden if at is None else hidden[at])
 
     @torch.no_grad()
     def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
                uniforms=None, together=False):
-        """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P); 0 after a row's eos_id.
-
-        Ends after max_new_tokens, or when the last row has ended. temperature 0 is greedy, top_k 0 and top_p 1 are
-        off. uniforms (B,max_new_tokens) in [0,1) are each row's random numbers, drawn from torch's generator where
-        not given. together: all ranks take as many steps as the longest, since ZeRO-3's module calls wait for all."""
+        """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P), 0 after a row's eos_id.
+        Ends when all rows have. temperature 0 is greedy, top_k 0 and top_p 1 are off. uniforms (B,max_new_tokens)
+        in [0,1) are each row's random numbers, by default torch's. together: all ranks take as many steps as the
+        longest, since ZeRO-3's module calls wait for all."""
         B, P = ids.shape
         cache = KVCache(self.config, B, P + max_new_tokens, self.model.norm.weight.dtype, ids.device)
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
@@ -283,8 +266,7 @@ class Llama(nn.Module):
         for t in range(max_new_tokens):
             hidden = self.model(ids, mask[:, :P + t], cache)[:, -1]                 # the prompt once, then one id
             logits = self.lm_head(hidden)[:, :self.n_words].float()                 # (B, V)
-            new = sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[:, t])
-            new = new.where(alive, torch.zeros_like(new))
+            new = alive * sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[:, t])
             yield new
             alive = alive if eos_id is None else alive & (new != eos_id)
             if not any_alive(alive, together):
@@ -293,7 +275,7 @@ class Llama(nn.Module):
 
     def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
                  uniforms=None, together=False):
-        """decode, collected: response_ids and response_mask (B,R); a row's eos_id is its last, id 0 mask 0 follow."""
+        """decode, collected: response_ids, response_mask (B,R); after a row's eos_id come id 0 and mask 0."""
         steps = list(self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together))
         response = torch.stack(steps, dim=1) if steps else ids[:, :0]               # (B, R)
         ends = (response == (-1 if eos_id is None else eos_id)).long()
@@ -303,7 +285,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Reads a full Hugging Face folder; BadInput where a file is missing, broken or does not fit the config."""
+        """Reads a full Hugging Face folder; BadInput where a file is missing, broken or does not fit."""
         if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
             raise BadInput(f"{path}: is an adapter, not a full model; read it with lora.load_model")
         config = LlamaConfig.from_pretrained(path)
@@ -339,9 +321,8 @@ def sample(logits, temperature, top_k, top_p, uniforms):
 
 def any_alive(alive, together):
     """Whether a row is still going on, on this rank or (together) on any."""
-    flag = alive.any()
+    flag = alive.any().int()
     if together and dist.is_initialized():
-        flag = flag.int()
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -349,13 +330,12 @@ def any_alive(alive, together):
 SHARD_BYTES = 5 * 10**9
 
 def find_tensors(path):
-    """name -> file for the weights in a folder: safetensors or pytorch_model.bin, whole or in shards with an index."""
+    """name -> file of a folder's weights: safetensors or pytorch_model.bin, whole or in shards with an index."""
     path = Path(path)
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (path / stem).exists():
             return dict.fromkeys(read_tensor(path / stem), path / stem)
-        index = path / f"{stem}.index.json"
-        if index.exists():
+        if (index := path / f"{stem}.index.json").exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map")
@@ -366,9 +346,8 @@ def find_tensors(path):
     raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
 
 def read_tensor(file, name=None):
-    """One tensor of a weight file, or with no name the list of its names; no pickled code is ever run.
-
-    Each call maps the file anew: mapped pages count as resident, and one map for all would peak at twice the model."""
+    """One tensor of a weight file, or with no name the list of its names; no pickled code is ever run. The file is
+    mapped anew each time: mapped pages count as resident, and one map for all would peak at twice the model."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as weights:
@@ -380,21 +359,21 @@ def read_tensor(file, name=None):
         raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
 
 def load_weights(module, path, optional=()):
-    """Fills every parameter of module from the folder, tensor by tensor, cast into the parameter's own memory; only
-    an optional one may be missing there."""
+    """Fills every parameter of module from the folder, cast, one by one; only an optional one may be missing."""
     files = find_tensors(path)
     parameters = {n: p for n, p in module.named_parameters() if n in files or n not in optional}
     if missing := sorted(set(parameters) - set(files)):
         hint = " (it is a reward model)" if "score.weight" in files else ""
         raise BadInput(f"{path}: lacks {len(missing)} of the weights it should hold, such as {missing[0]}{hint}")
     # old folders carry the rotary table, tied ones the head twice; anything else would be dropped in silence
-    if extra := [n for n in files if n not in parameters and not n.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]:
-        raise BadInput(f"{path}: holds {len(extra)} weights that its config.json has no place for, such as {extra[0]}")
+    harmless = ("rotary_emb.inv_freq", "lm_head.weight")
+    if extra := [n for n in files if n not in parameters and not n.endswith(harmless)]:
+        raise BadInput(f"{path}: holds {len(extra)} weights that config.json has no place for, such as {extra[0]}")
     for name, parameter in parameters.items():
         tensor = read_tensor(files[name], name)
         if tensor.shape != parameter.shape:
-            raise BadInput(f"{files[name]}: {name} is {tuple(tensor.shape)}, config.json asks for "
-                           f"{tuple(parameter.shape)}")
+            found, asked = tuple(tensor.shape), tuple(parameter.shape)
+            raise BadInput(f"{files[name]}: {name} is {found}, config.json asks for {asked}")
         parameter.data.copy_(tensor)
     return module
 
@@ -406,14 +385,14 @@ def save_weights(module, path, config):
         old.unlink()                                               # or they would be read instead of the new ones
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards, size = [[]], 0
-    for name, parameter in module.named_parameters():              # a tied head is the same parameter, and named once
+    for name, parameter in module.named_parameters():              # a tied head is one parameter, and named once
         size += parameter.nbytes
         if size > SHARD_BYTES and shards[-1]:
             shards.append([])
             size = parameter.nbytes
         shards[-1].append((name, parameter))
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    n = len(shards)
+    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards):
         save_file({n: p.detach().cpu().contiguous() for n, p in shard}, path / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -5,8 +5,8 @@
 3. merge_lora adds (alpha / rank) B A to W, in float32
 4. save_adapter and load_adapter read and write PEFT's own format
 
-Because W is frozen, one base can carry any number of adapters. That is how PPO's four roles (actor, reference, critic,
-reward) share one LLaMA in memory: a role is the base with the adapter of its name switched on.
+As W is frozen, one base can carry many adapters. That is how PPO's four roles (actor, reference, critic, reward)
+share one LLaMA in memory: a role is the base with the adapter of its name switched on.
 
     python lora.py runs/sft --out runs/sft-merged      # an adapter folder to a full one
 """
@@ -27,7 +27,6 @@ from llama import (BadInput, Linear, Llama, LlamaConfig, copy_tokenizer, load_we
 
 class LoRALinear(nn.Linear):
     """A Linear whose weight is another's, with named adapters beside it; `active` is the one in use, or None."""
-
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -52,10 +51,6 @@ class LoRALinear(nn.Linear):
         x = F.dropout(x, self.dropout[self.active], self.training)
         return y + self.lora_B[self.active](self.lora_A[self.active](x)) * self.scale[self.active]
 
-    def delta(self, name):
-        """The adapter as one matrix (out,in), in float32: in half precision small ones would vanish when added."""
-        return self.lora_B[name].weight.float() @ self.lora_A[name].weight.float() * self.scale[name]
-
 # ------------------------------------------------------------------------------------------------ on a model
 def lora_layers(model):
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
@@ -65,19 +60,14 @@ def adapter_parameters(model, name):
     return [p for _, layer in lora_layers(model) if name in layer.lora_A
             for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
 
-def replace(model, path, layer):
-    """Puts layer in the place that a dotted path names."""
-    parent, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
-
 def attach(model, path, name, rank, scale, dropout):
-    """Adds an adapter beside one Linear, and freezes the base: all but adapters and a reward model's score head."""
+    """Adds an adapter beside one Linear, and freezes all but adapters and a reward model's score head."""
     layer = model.get_submodule(path)
     if path == "lm_head" and model.config.tie_word_embeddings:
         raise BadInput("an adapter on lm_head: this model's head is its embedding, which has no place for one")
     if not isinstance(layer, LoRALinear):
         layer = LoRALinear(layer)
-        replace(model, path, layer)
+        model.set_submodule(path, layer)
     layer.add(name, rank, scale, dropout)
     for p, parameter in model.named_parameters():
         if ".lora_" not in p and not p.startswith("score."):
@@ -96,7 +86,6 @@ def matches(path, targets):
 
 def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
     """Adds an adapter beside every Linear whose path ends in one of targets, freezes the rest, switches it on.
-
     BadInput where one of the targets matches no layer: nothing would be trained there, silently."""
     linears = linear_paths(model)
     for target in targets:
@@ -109,8 +98,8 @@ def add_lora(model, rank, alpha, targets, dropout=0.0, name="default"):
     use_adapter(model, name)
 
 def use_adapter(model, name):
-    """Switches the whole model to the adapter of that name, or with None to the base alone. Never between a forward
-    pass and its backward: gradient checkpointing recomputes under whatever is active then, silently wrong."""
+    """Switches the model to the adapter of that name, or with None to the base alone. Never between a forward pass
+    and its backward: gradient checkpointing recomputes under whatever is active then, silently wrong."""
     layers = lora_layers(model)
     if name is not None and not any(name in layer.lora_A for _, layer in layers):
         raise ValueError(f"the model has no adapter {name!r}")
@@ -119,25 +108,26 @@ def use_adapter(model, name):
 
 @torch.no_grad()
 def merge_lora(model, name):
-    """Adds the adapter to the weights, the sum taken in float32, and turns every LoRALinear back into a Linear."""
+    """Adds the adapter to the weights, and turns every LoRALinear back into a Linear."""
     for path, layer in lora_layers(model):
         if name in layer.lora_A:
-            layer.weight.copy_(layer.weight.float() + layer.delta(name))
+            # in float32: in half precision small changes would vanish
+            delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float() * layer.scale[name]
+            layer.weight.copy_(layer.weight.float() + delta)
         plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
-        replace(model, path, plain)
+        model.set_submodule(path, plain)
     return model
 
 # ------------------------------------------------------------------------------------------------ PEFT's files
 PREFIX = "base_model.model."
-# keys of adapter_config.json that change nothing here, or that load_adapter honours; any other that is set is an error
-KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-         "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "bias",
-         "init_lora_weights", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
+# keys of adapter_config.json that change nothing here or that load_adapter honours; any other is an error if set
+KNOWN = """peft_type task_type base_model_name_or_path revision inference_mode r lora_alpha lora_dropout bias
+    target_modules rank_pattern alpha_pattern use_rslora modules_to_save init_lora_weights auto_mapping
+    peft_version megatron_core qalora_group_size""".split()
 
 def save_adapter(model, path, name, base, task_type):
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT does; base is the path of the base folder,
-    task_type CAUSAL_LM, or SEQ_CLS for a reward model, whose score head goes along."""
+    """Writes a folder as PEFT does, for a base folder; task_type is CAUSAL_LM or, with the score head, SEQ_CLS."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     layers = {p: layer for p, layer in lora_layers(model) if name in layer.lora_A}
@@ -172,14 +162,16 @@ def read_adapter_config(path):
         if unknown or elsewhere or value not in allowed.get(key, [value]):
             raise BadInput(f"{where}: {key} = {value!r} is not supported; it would change the result")
     try:
-        targets, ranks, alphas = (config.get(key) or {} for key in ("target_modules", "rank_pattern", "alpha_pattern"))
+        targets = config.get("target_modules") or []
+        ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
         for pattern in [*ranks, *alphas, *([targets] if isinstance(targets, str) else targets)]:
             re.compile(pattern)
         sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
         if not config["r"] >= 1 or not targets:
             raise ValueError(f"r {config['r']}, target_modules {targets}")
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise BadInput(f"{where}: is not a LoRA config that makes sense ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{where}: is not a LoRA config that makes sense ({why})") from None
     return config
 
 def by_pattern(patterns, path, default):
@@ -188,10 +180,10 @@ def by_pattern(patterns, path, default):
 
 @torch.no_grad()
 def load_adapter(model, path, name):
-    """Attaches the adapter in a PEFT folder under this name, not yet in use; a reward model takes its score too."""
+    """Attaches a PEFT folder's adapter under this name, not yet in use; a reward model takes its score too."""
     config, linears = read_adapter_config(path), linear_paths(model)
-    file = next(f for ending in ("safetensors", "bin") if (f := Path(path) / f"adapter_model.{ending}").exists()
-                or ending == "bin")
+    file = Path(path) / "adapter_model.safetensors"
+    file = file if file.exists() else file.with_suffix(".bin")
     everything = config["target_modules"] == "all-linear"          # PEFT leaves the head out of it
     wanted = [p for p in linears if (p != "lm_head" if everything else matches(p, config["target_modules"]))]
     keys = {f"{PREFIX}{p}.{part}.weight" for p in wanted for part in ("lora_A", "lora_B")}
@@ -200,26 +192,26 @@ def load_adapter(model, path, name):
     found = {key.replace(".modules_to_save.", "."): key for key in read_tensor(file)}
     odd = sorted(key for key in keys ^ set(found) if key in keys or not key.startswith(f"{PREFIX}score."))
     if odd:
-        raise BadInput(f"{file}: {odd[0]} is {'missing' if odd[0] in keys else 'no layer of the base that is named'}"
-                       f"; the file is damaged, or belongs to another base")
+        what = "missing" if odd[0] in keys else "no layer of the base that is named"
+        raise BadInput(f"{file}: {odd[0]} is {what}; the file is damaged, or belongs to another base")
     tensors = {key: read_tensor(file, found[key]) for key in keys}
     for p in wanted:
         a, b = (tensors[f"{PREFIX}{p}.{part}.weight"] for part in ("lora_A", "lora_B"))
         linear, rank = model.get_submodule(p), by_pattern(config.get("rank_pattern"), p, config["r"])
         if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
-            raise BadInput(f"{file}: {p} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected rank {rank} for a "
-                           f"weight of {linear.out_features} x {linear.in_features}")
+            raise BadInput(f"{file}: {p} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected rank {rank} for "
+                           f"a weight of {linear.out_features} x {linear.in_features}")
         alpha = by_pattern(config.get("alpha_pattern"), p, config["lora_alpha"])
         scale = alpha / rank ** 0.5 if config.get("use_rslora") else alpha / rank
         layer = attach(model, p, name, rank, scale, config.get("lora_dropout") or 0.0)
         layer.lora_A[name].weight.copy_(a)
         layer.lora_B[name].weight.copy_(b)
-    if f"{PREFIX}score.weight" in keys:
+    if hasattr(model, "score"):
         model.score.weight.copy_(tensors[f"{PREFIX}score.weight"])
 
 def resolve(path, base=None):
-    """(the full folder, the adapter folder or None) that a path stands for. An adapter's base is looked for where its
-    config says, then relative to the adapter's folder; base overrides. BadInput where there is no such folder."""
+    """(the full folder, the adapter folder or None) that a path stands for. An adapter's base is looked for where
+    its config says, then relative to the adapter's folder; base overrides. BadInput where there is none."""
     path = Path(path)
     if not path.is_dir():
         raise BadInput(f"{path}: there is no such folder")
@@ -243,7 +235,7 @@ def load_model(path, dtype=torch.float32, device="cpu", base=None):
     return model
 
 def main():
-    parser = argparse.ArgumentParser(description="Merge an adapter folder into a full Hugging Face folder, in float32.")
+    parser = argparse.ArgumentParser(description="Merge an adapter into a full Hugging Face folder, in float32.")
     parser.add_argument("adapter", help="the folder with adapter_config.json")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--base", help="the base model's folder, where it is not where the adapter's config says")
@@ -251,7 +243,6 @@ def main():
     full, adapter = resolve(args.adapter, args.base)
     if adapter is None:
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
-    architecture = "LlamaForCausalLM"
     if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":  # a reward model: the score in the head's place
         architecture = "LlamaForSequenceClassification"
         with torch.device("meta"):
@@ -259,7 +250,7 @@ def main():
             model.lm_head, model.score = None, Linear(model.config.hidden_size, 1, bias=False)
         load_weights(model.to_empty(device="cpu"), full, optional=["score.weight"])
     else:
-        model = Llama.from_pretrained(full)
+        architecture, model = "LlamaForCausalLM", Llama.from_pretrained(full)
     load_adapter(model, adapter, "default")
     save_weights(merge_lora(model, "default"), args.out, model.config.to_dict(architecture))
     copy_tokenizer(adapter if (adapter / "tokenizer.model").exists() else full, args.out)

@@ -1,6 +1,5 @@
-"""Step 3: reinforcement learning from human feedback, with PPO (Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022,
-arXiv 2203.02155). Four roles: the actor answers, the reference is the actor before training, the reward model scores,
-the critic predicts the score. Every step:
+"""Step 3: reinforcement learning from human feedback, with PPO (arXiv 1707.06347; InstructGPT: 2203.02155). The
+actor answers, the reference is the actor before training, the reward model scores, the critic predicts the score:
 
 1. rollout    the actor samples an answer to each prompt of a global batch
 2. score      the reward model scores the answers; the score is normalised
@@ -9,8 +8,8 @@ the critic predicts the score. Every step:
 5. update     some passes over mini-batches: clipped policy loss for the actor, clipped value loss for the critic
 6. log, now and then answer held-out prompts; at the end save
 
-Chosen here: sampling at one temperature that every log-probability shares; EOS ends an answer; value 0 after the last
-token; token means over the whole mini-batch. Left out: reward models on another tokenizer, and asynchronous rollouts.
+Chosen here: one temperature for sampling and all log-probabilities; EOS ends an answer; value 0 after the last
+token; token means over the whole mini-batch. Left out: reward models on another tokenizer, asynchronous rollouts.
 
     deepspeed ppo.py --actor runs/sft --reward runs/rm --data prompts.jsonl --out runs/ppo
 """
@@ -24,34 +23,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, open_tokenizer,
-                  read_records, stream)
+from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, open_tokenizer, read_records,
+                  stream)
 from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, accumulate, add_engine_flags, check_folders, check_rows, engine_metrics, finish, gathered,
+from sft import (Log, accumulate, add_engine_flags, check_folders, engine_metrics, finish, gathered, load_rows,
                  make_engine, n_labels, number, parse, positive, response_logits, run, save, say, setup, sft_loss,
-                 shares, start_run, sum_over_ranks, together)
+                 start_run, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
     add = parser.add_argument_group("models").add_argument
-    add("--actor", help="folder of sft.py, full or adapter, or any LLaMA folder; the reference is this model as it is")
+    add("--actor", help="folder of sft.py, full or adapter, or any LLaMA's; the reference is this model as it is")
     add("--reward", help="folder of reward.py, full or adapter; the critic starts from it")
     add("--base", help="base model of an actor that is an adapter, where it is not where its config says")
     add("--reward-base", help="the same for the reward model")
     add("--lora-rank", type=number(0, kind=int), default=0, help="rank of new adapters for full folders; 0 trains all weights")
-    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
-    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
     add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns go first")
     add("--max-new", type=positive, default=256, help="tokens of an answer")
-    add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers, never trained on")
+    add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers only")
     add = parser.add_argument_group("rollout and reward").add_argument
     add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
     add("--temperature", type=number(0.001), default=1.0, help="of sampling and of all log-probabilities")
@@ -59,7 +53,7 @@ def get_args():
     add("--kl-target", type=number(0), help="nats per answer that beta is steered towards (arXiv 1909.08593)")
     add("--kl-gain", type=number(0), default=0.1, help="how fast: beta changes by at most 0.2 of this share per step")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
-        help="mean and deviation of scores: reward_stats.json's, or of the reference's own answers before the first step")
+        help="mean and deviation of scores: reward_stats.json's, or of the reference's answers before step 1")
     add("--norm-prompts", type=positive, default=256, help="prompts that --reward-norm rollout answers")
     add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to plus or minus this")
     add("--missing-eos-penalty", type=number(0), default=0.0, help="taken off the score of an answer without EOS")
@@ -74,17 +68,12 @@ def get_args():
     add("--ptx-data", nargs="+", help="files of text or answers for a pre-training loss beside the policy's")
     add("--ptx-coef", type=number(0), default=27.8, help="weight of the pre-training loss")
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
-    add("--ema", type=number(0, 1), nargs="?", const=0.992, help="keep a moving average of the actor, of this decay, in OUT/ema")
+    add("--ema", type=number(0, 1), nargs="?", const=0.992, help="keep a moving average of the actor, in OUT/ema")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
     add("--epochs", type=positive, default=1, help="passes over the prompts")
     add("--steps", type=positive, help="rollouts, instead of --epochs")
     add("--actor-lr", type=number(0), default=9.65e-6, help="highest learning rate of the actor")
     add("--critic-lr", type=number(0), default=5e-6, help="highest learning rate of the critic")
-    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
@@ -105,9 +94,8 @@ def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
 
 def gae(rewards, values, mask, gamma, lam):
-    """Advantages and returns (B,R): delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, and A + V.
-
-    values[:, t] is that of the state before token t; after an answer's last token it is 0: nothing comes any more."""
+    """Advantages and returns (B,R): delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, and A
+    + V. values[:, t] is that of the state before token t; after the last token it is 0: nothing comes any more."""
     rewards, values = rewards * mask, values * mask
     deltas = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
     advantages, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -118,9 +106,8 @@ def gae(rewards, values, mask, gamma, lam):
 def whiten(x, mask):
     """(x - mean) / standard deviation over the mask, 0 outside it."""
     n = mask.sum().clamp(min=1)
-    mean = (x * mask).sum() / n
-    variance = ((x - mean) ** 2 * mask).sum() / n
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    x = (x - (x * mask).sum() / n) * mask
+    return x * torch.rsqrt((x**2).sum() / n + 1e-8)
 
 def policy_loss(new_logp, old_logp, adv, mask, clip, total=None):
     """PPO's clipped loss (equation 7), the sum over the tokens divided by total (by default their number)."""
@@ -129,14 +116,14 @@ def policy_loss(new_logp, old_logp, adv, mask, clip, total=None):
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
 
 def value_loss(new, old, returns, mask, clip, total=None):
-    """Half the larger of the squared errors with and without clipping new values to within clip of the old ones."""
+    """Half the larger squared error of new values, as they are and clipped to within clip of the old ones."""
     clipped = old + (new - old).clamp(-clip, clip)
     losses = 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
 
 def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
-    """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL divergence of the new policy
-    from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
+    """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL divergence of the new
+    policy from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
     log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
     logp = (logits.detach().float() / temperature).log_softmax(-1)
@@ -151,13 +138,13 @@ def explained_variance(values, returns, mask):
 # ------------------------------------------------------------------------------------------------ the four roles
 def build_roles(args, dtype, device):
     """{role: (model, name of its adapter or None)}; `use_adapter(*roles["actor"])` makes a network play the actor.
-
-    What LoRA trains is an adapter, so the reference is the same network with another adapter or none, and costs no
-    memory; and where the reward model is an adapter on the actor's base, one base carries all four roles."""
+    With LoRA the reference is the same network with another adapter or none, and costs no memory; and where the
+    reward model is an adapter on the actor's base, one base carries all four roles."""
     full, adapter = resolve(args.actor, args.base)
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
     if adapter and args.lora_rank:
-        raise BadInput(f"--lora-rank: {args.actor} is an adapter already, of which a copy is trained; leave the flag out")
+        raise BadInput(f"--lora-rank: {args.actor} is an adapter already, a copy is trained; leave the flag out")
+
     # the actor, and the reference: what the actor is now
     actor = Llama.from_pretrained(full, dtype, device)
     if adapter:                              # a copy of the adapter is trained, the original is the reference
@@ -186,17 +173,16 @@ def build_roles(args, dtype, device):
         roles |= {"critic": (critic, None), "reward": (load_reward_model(args.reward, dtype, device), None)}
 
     n = len({id(model.model) for model, _ in roles.values()})
-    say(f"four roles on {n} network{'s' * (n > 1)} in memory: "
-        + ", ".join(f"{role} = {f'adapter {name}' if name else 'all weights'}" for role, (_, name) in roles.items()))
+    played = (f"{role} = {f'adapter {name}' if name else 'all weights'}" for role, (_, name) in roles.items())
+    say(f"four roles on {n} network{'s' * (n > 1)} in memory: " + ", ".join(played))
     return roles
 
 def trained_parameters(roles):
-    """{"actor": parameters, "critic": parameters}: their adapter, or everything, and the critic's score head in any case.
-    All others of the four networks are frozen."""
-    (actor, actor_name), (critic, critic_name) = roles["actor"], roles["critic"]
-    trained = {"actor": adapter_parameters(actor, actor_name) if actor_name else list(actor.parameters()),
-               "critic": adapter_parameters(critic, critic_name) + [critic.score.weight] if critic_name
-               else list(critic.parameters())}
+    """What is trained, {"actor": parameters, "critic": parameters (with its score head)}; freezes the rest."""
+    trained = {role: adapter_parameters(model, name) if name else list(model.parameters())
+               for role, (model, name) in roles.items() if role in ("actor", "critic")}
+    if roles["critic"][1]:
+        trained["critic"].append(roles["critic"][0].score.weight)
     kept = {id(p) for parameters in trained.values() for p in parameters}
     for model, _ in roles.values():
         for p in model.parameters():
@@ -208,19 +194,17 @@ def trained_parameters(roles):
 def response_logps(model, ids, mask, response_mask, temperature, n_words):
     """log p (B,R) of the responses, the last R columns of ids (B,T), and the logits (N,n_words) they come from."""
     P = ids.shape[1] - response_mask.shape[1]
-    logits = model(ids, mask, F.pad(response_mask, (P - 1, 1)))[:, :n_words]            # column t predicts token t + 1
+    logits = model(ids, mask, F.pad(response_mask, (P - 1, 1)))[:, :n_words]            # column t predicts t + 1
     logps = token_logps(logits, ids[:, P:][response_mask], temperature)                 # (N,)
     return torch.zeros(response_mask.shape, device=ids.device).masked_scatter(response_mask, logps), logits
 
 @torch.no_grad()
 def rollout(roles, prompts, uniforms, args, tokenizer):
-    """Samples an answer to each prompt (a list of ids) and lets every role see it; uniforms (n, max_new) are the random
-    numbers of each row, so an answer depends on no other row and not on the number of ranks.
-
-    Each rank does its share; returned on every rank is the whole batch in its order: prompt_mask (n,P), ids, mask (n,T),
-    response_mask, old_logp, ref_logp, values (n,R), score (n,), ended (n,)."""
+    """Samples an answer to each prompt (a list of ids) and lets every role see it; uniforms (n, max_new) are each
+    row's random numbers, so an answer depends on no other row nor on the number of ranks. Each rank does a share,
+    all get the whole: ids, mask (n,T), response_mask, old_logp, ref_logp, values (n,R), score, ended (n,)."""
     world = dist.get_world_size()
-    filler = -len(prompts) % world                                 # equal shares, or ranks would wait for each other
+    filler = -len(prompts) % world                                 # equal shares: ranks wait for each other
     ids, mask = collate_prompts(prompts + prompts[:1] * filler)    # one P for all ranks
     uniforms = torch.cat([uniforms, uniforms[:1].expand(filler, -1)])
     share = len(ids) // world
@@ -229,8 +213,8 @@ def rollout(roles, prompts, uniforms, args, tokenizer):
     ids, mask, uniforms = (x[mine].to(actor.lm_head.weight.device) for x in (ids, mask, uniforms))
 
     use_adapter(*roles["actor"])
-    response, response_mask = actor.generate(ids, mask, args.max_new, args.temperature, eos_id=eos_id, uniforms=uniforms,
-                                             together=args.zero_stage == 3)
+    response, response_mask = actor.generate(ids, mask, args.max_new, args.temperature, eos_id=eos_id,
+                                             uniforms=uniforms, together=args.zero_stage == 3)
     longest = torch.tensor(response.shape[1], device=ids.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     grow = (0, int(longest) - response.shape[1])
@@ -248,7 +232,7 @@ def rollout(roles, prompts, uniforms, args, tokenizer):
         said["values"].append(roles["critic"][0](*x)[:, P - 1:-1] * response_mask[rows])
         use_adapter(*roles["reward"])
         said["score"].append(last_scores(roles["reward"][0](*x), x[1]))
-    batch = {"ids": ids, "mask": mask, "response_mask": response_mask, **{k: torch.cat(v) for k, v in said.items()}}
+    batch = {"ids": ids, "mask": mask, "response_mask": response_mask} | {k: torch.cat(v) for k, v in said.items()}
     batch = {k: gather(v)[:len(prompts)] for k, v in batch.items()}
     batch["ended"] = ((batch["ids"][:, P:] == eos_id) & batch["response_mask"]).any(1)
     return batch
@@ -264,16 +248,17 @@ def random_numbers(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
-    """Answers held-out prompts, with the same random numbers every time; writes samples.jsonl and logs the means."""
+    """Answers held-out prompts, with the same random numbers each time; writes samples.jsonl, logs the means."""
     uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, 0))
     batch = rollout(roles, prompts, uniforms, args, tokenizer)
     mask, score = batch["response_mask"], (batch["score"] - stats["mean"]) / stats["std"]
     kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
     answers = [ids[keep].tolist() for ids, keep in zip(batch["ids"][:, -mask.shape[1]:], mask)]
-    rows = [{"step": step, "prompt": tokenizer.decode(p), "response": tokenizer.decode(a), "score": float(s), "kl": float(k)}
-            for p, a, s, k in zip(prompts, answers, score, kl)]
-    means = {"eval_score": float(score.mean()), "eval_kl": float(kl.mean()), "eval_length": float(mask.sum(1).double().mean()),
-             "eval_eos_share": float(batch["ended"].double().mean())}
+    rows = [{"step": step, "prompt": tokenizer.decode(p), "response": tokenizer.decode(a), "score": s, "kl": k}
+            for p, a, s, k in zip(prompts, answers, score.tolist(), kl.tolist())]
+    means = {"eval_score": score, "eval_kl": kl, "eval_length": mask.sum(1).double(),
+             "eval_eos_share": batch["ended"].double()}
+    means = {name: float(x.mean()) for name, x in means.items()}
     if gold:
         rows = [{**row, "gold": float(gold(row["prompt"], row["response"]))} for row in rows]
         means["gold"] = sum(row["gold"] for row in rows) / len(rows)
@@ -283,14 +268,14 @@ def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
     say(f"{rows[0]['prompt']} {rows[0]['response']}\n[score {rows[0]['score']:.2f}, kl {rows[0]['kl']:.2f}]")
     log.line(step=step, **means)
 
-# ------------------------------------------------------------------------------------------------ checks and loading
+# ------------------------------------------------------------------------------------------------ checks, loading
 def read_stats(args):
     """Mean and standard deviation by which scores are normalised, where they are known beforehand."""
     if args.reward_norm != "stats":
         return {"mean": 0.0, "std": 1.0}
     file = Path(args.reward) / "reward_stats.json"
     if not file.exists():
-        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none leaves them as they are")
+        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none takes them raw")
     stats = read_json(file)
     if not all(isinstance(stats.get(k), float) for k in ("mean", "std")) or not stats["std"] > 0:
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
@@ -310,8 +295,8 @@ def load_gold(path):
     return module.gold
 
 def read_inputs(args, world):
-    """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of scores,
-    gold, and as lists of ids the training prompts, held-out prompts, rows of the pre-training mix)."""
+    """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of
+    scores, gold, and in ids the training prompts, held-out prompts, rows of the pre-training mix)."""
     accumulation = accumulate("--mini-batch", args.mini_batch, args.micro_batch, world)
     if args.rollout_batch % args.mini_batch:
         raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch {args.mini_batch}")
@@ -321,14 +306,11 @@ def read_inputs(args, world):
     tokenizer, config, folder = open_tokenizer(args.actor, args.base, longest)
     theirs, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
     if theirs.pieces() != tokenizer.pieces():
-        raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; train both on one base")
+        raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one base")
     tally = Counter()
-    train, held_out = ([ids for r in records if (ids := encode_prompt(tokenizer, r, args.max_prompt, tally))]
-                       for records in load_records(args.data, 2, args.split, args.seed, args.eval_data,
-                                                   args.eval_share, tally))
     ptx = [row for file in args.ptx_data or [] for r in read_records(file, tally)
            if (row := encode_sft(tokenizer, r, longest, tally))]
-    check_rows(train, held_out, args.rollout_batch, tally)
+    train, held_out = load_rows(args, 2, encode_prompt, tokenizer, args.max_prompt, args.rollout_batch, tally)
     if args.ptx_data and len(ptx) < args.mini_batch:
         raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
     return (accumulation, tokenizer, folder, config, reward_config, read_stats(args), load_gold(args.gold),
@@ -338,7 +320,8 @@ def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
     with together():
-        accumulation, tokenizer, folder, config, reward_config, stats, gold, train, held_out, ptx = read_inputs(args, world)
+        (accumulation, tokenizer, folder, config, reward_config, stats, gold,
+         train, held_out, ptx) = read_inputs(args, world)
     with together():
         roles = build_roles(args, dtype, device)
         start_run(args, rank)
@@ -349,8 +332,8 @@ def main():
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     n_updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                 # per step
     actor_engine, critic_engine = (
-        make_engine(args, roles[role][0], trained[role], lr, steps * n_updates, args.micro_batch, accumulation, dtype)
-        for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)))
+        make_engine(args, model, trained[role], lr, steps * n_updates, args.micro_batch, accumulation, dtype)
+        for model, role, lr in ((actor, "actor", args.actor_lr), (critic, "critic", args.critic_lr)))
     with gathered(actor):
         average = [(p, p.detach().float().clone()) for p in trained["actor"]] if args.ema else []
     if args.reward_norm == "rollout":        # the scores of the reference's own answers
@@ -362,12 +345,13 @@ def main():
     ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed) if ptx else None
     answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)
 
-    for step, (epoch, rows) in zip(range(1, steps + 1), stream([len(p) for p in train], args.rollout_batch, args.seed)):
+    lengths = [len(prompt) for prompt in train]
+    for step, (epoch, rows) in zip(range(1, steps + 1), stream(lengths, args.rollout_batch, args.seed)):
         # 1. rollout: one global batch in a fixed order, its random numbers drawn from (seed, step) alone
         rng = random_numbers(args.seed, step)
         uniforms = torch.rand(args.rollout_batch, args.max_new, generator=rng)
         batch = rollout(roles, [train[i] for i in rows], uniforms, args, tokenizer)
-        mask, old_logp, ref_logp, values = (batch[k] for k in ("response_mask", "old_logp", "ref_logp", "values"))   # (B, R)
+        mask, old_logp, ref_logp = batch["response_mask"], batch["old_logp"], batch["ref_logp"]     # (B, R)
         P = batch["ids"].shape[1] - mask.shape[1]
 
         # 2. score: in units of the standard deviation of scores
@@ -378,51 +362,53 @@ def main():
         rewards = shape_rewards(score, old_logp, ref_logp, mask, beta, args.score_clip, penalty)
 
         # 4. advantages, of the whole batch on every rank
-        advantages, batch["returns"] = gae(rewards, values, mask, args.gamma, args.lam)
+        advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["adv"] = whiten(advantages, mask)
 
         # 5. update: each rank trains its share of every mini-batch
         measured, lr = [], actor_engine.get_lr()[0]
         passes = [torch.randperm(args.rollout_batch, generator=rng) for _ in range(args.ppo_epochs)]
         for mini in torch.cat(passes).view(-1, args.mini_batch).tolist():
-            total = mask[mini].sum() / (world * accumulation)      # tokens of all ranks; the engines divide by both
+            total = mask[mini].sum() / (world * accumulation)      # all ranks' tokens; the engines divide by both
             mixed = [ptx[i] for i in next(ptx_stream)[1]] if ptx else []
             ptx_total = n_labels(mixed) / (world * accumulation)
             ptx_micros = deal(mixed, rank, world, args.micro_batch)
             for n, micro in enumerate(deal(mini, rank, world, args.micro_batch)):
                 mb = {k: v[micro] for k, v in batch.items()}
+                mb_mask = mb["response_mask"]
                 use_adapter(*roles["actor"])                       # and no other until its backward is done
-                new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb["response_mask"],
-                                                  args.temperature, tokenizer.vocab_size)
-                actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb["response_mask"], args.clip, total)
+                new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb_mask, args.temperature,
+                                                  tokenizer.vocab_size)
+                actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb_mask, args.clip, total)
                 ptx_loss = torch.zeros_like(actor_loss)
                 if ptx:
-                    ptx_loss = sft_loss(*response_logits(actor_engine, *(x.to(device) for x in collate_sft(ptx_micros[n]))),
-                                        ptx_total)
+                    ids, ids_mask, labels = (x.to(device) for x in collate_sft(ptx_micros[n]))
+                    ptx_loss = sft_loss(*response_logits(actor_engine, ids, ids_mask, labels), ptx_total)
                 actor_engine.backward(actor_loss + args.ptx_coef * ptx_loss)
                 actor_engine.step()
 
                 use_adapter(*roles["critic"])
                 new_values = critic_engine(mb["ids"], mb["mask"])[:, P - 1:-1]
-                critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb["response_mask"], args.value_clip, total)
+                critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb_mask, args.value_clip, total)
                 critic_engine.backward(critic_loss)
                 critic_engine.step()
-                measured.append(torch.stack([actor_loss, critic_loss, ptx_loss, *policy_measures(
-                    new_logp, logits, mb["old_logp"], mb["response_mask"], args.clip, args.temperature, total)]).detach())
+                measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
+                                           args.temperature, total)
+                measured.append(torch.stack([actor_loss, critic_loss, ptx_loss, *measures]).detach())
             with gathered(actor):
                 for p, mean in average:
                     mean.lerp_(p.detach().float(), 1 - args.ema)
 
         # 6. log, now and then answer held-out prompts
-        measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micro-batches and ranks
+        measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micros and ranks
         policy, value, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
             *(measured.sum(0) / n_updates).tolist(), float(measured[:accumulation, 3].sum()))
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
         log.step(int(batch["mask"].sum()), epoch=epoch, score=float(score.mean()), kl=kl,
                  length=float(mask.sum(1).double().mean()), eos_share=float(batch["ended"].double().mean()),
-                 policy_loss=policy, value_loss=value, **({"ptx_loss": ptx_loss} if ptx else {}), approx_kl=approx_kl,
-                 first_ratio=first_ratio, clip_frac=clipped, entropy=entropy,
-                 explained_var=explained_variance(values, batch["returns"], mask), beta=beta, lr=lr,
+                 policy_loss=policy, value_loss=value, **({"ptx_loss": ptx_loss} if ptx else {}),
+                 approx_kl=approx_kl, first_ratio=first_ratio, clip_frac=clipped, entropy=entropy,
+                 explained_var=explained_variance(batch["values"], batch["returns"], mask), beta=beta, lr=lr,
                  **engine_metrics(actor_engine))
         if args.kl_target:
             beta *= 1 + args.kl_gain * max(-0.2, min(0.2, kl / args.kl_target - 1))

@@ -6,8 +6,8 @@
 4. before, during and after: accuracy and margin on held-out pairs
 5. write the model, and the mean and standard deviation of its scores, by which PPO normalises
 
-The score of an answer is the one at its last real token. --loss last compares these scores; --loss dense compares at
-every token from where the two answers part, the shorter one's last score standing on beyond its end.
+An answer's score is the one at its last real token. --loss last compares these; --loss dense compares at every
+token from where the two answers part, the shorter one's last score standing on beyond its end.
 
     deepspeed reward.py --model LLAMA --data pairs.jsonl --out runs/rm --lora-rank 8
     python reward.py --model LLAMA --data pairs.jsonl --out runs/rm           # one process, GPU or CPU
@@ -22,11 +22,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import collate_pairs, deal, encode_pair, load_records, open_tokenizer, stream
+from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, load_weights, save_weights
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, accumulate, add_engine_flags, check_folders, check_rows, engine_metrics, finish, make_engine,
-                 number, parse, positive, run, save, setup, shares, start_run, sum_over_ranks, together)
+from sft import (Log, accumulate, add_engine_flags, check_folders, engine_metrics, finish, load_rows, make_engine,
+                 number, parse, positive, run, save, setup, start_run, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -34,27 +34,17 @@ def get_args():
     add("--model", help="LLaMA folder to start from, or a reward model's, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
     add("--lora-rank", type=number(0, kind=int), default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=number(0, 1), default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of preference pairs (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and answer together")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
-    add("--loss", default="last", choices=["last", "dense"], help="compare last tokens, or all from the first difference")
+    add("--loss", default="last", choices=["last", "dense"], help="compare last tokens, or all after they part")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="pairs per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="pairs per rank and forward pass")
     add("--lr", type=number(0), default=5e-5, help="highest learning rate")
-    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
@@ -63,14 +53,12 @@ def get_args():
 # ------------------------------------------------------------------------------------------------ the model
 class Score(Linear):
     """The head: one number per hidden state, in float32 whatever the network's dtype."""
-
     def forward(self, x):
         return F.linear(x.float(), self.weight.float())
 
 class RewardModel(nn.Module):
-    """A transformer with a score head; the critic is one too. model may be another network's transformer, so that the
-    roles share it. The state-dict keys are those of transformers' LlamaForSequenceClassification."""
-
+    """A transformer with a score head, as the critic is too. model may be another network's transformer, which
+    roles share. The state-dict keys are those of transformers' LlamaForSequenceClassification."""
     def __init__(self, config, model=None):
         super().__init__()
         self.config = config
@@ -83,12 +71,12 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Reads a full reward folder, or a language model's, with a new score head instead of its vocabulary head."""
+        """Reads a full reward folder, or a language model's, with a new score head in place of its own."""
         config = LlamaConfig.from_pretrained(path)
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype).to_empty(device=device)
-        nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)      # Stiennon et al. 2020, 2009.01325
+        nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)      # arXiv 2009.01325
         return load_weights(model, path, optional=["score.weight"])
 
     def save_pretrained(self, path):
@@ -96,19 +84,19 @@ class RewardModel(nn.Module):
         save_weights(self, path, self.config.to_dict("LlamaForSequenceClassification", self.score.weight.dtype))
 
 def load_reward_model(path, dtype=torch.float32, device="cpu", base=None, name="default", share=None):
-    """A RewardModel from any folder: a full one, or an adapter's, attached under `name` and in use. The adapter's base
-    is read too, unless `share` is its transformer, in memory already."""
+    """A RewardModel from any folder: a full one, or an adapter's, attached under `name` and in use. The adapter's
+    base is read too, unless `share` is its transformer, in memory already."""
     full, adapter = resolve(path, base)
     if adapter is None:
         return RewardModel.from_pretrained(full, dtype, device)
     if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
-        raise BadInput(f"{path}: is a language model's adapter, not a reward model; merge it first: python lora.py {path}")
-    model = RewardModel(share.config, share) if share is not None else RewardModel.from_pretrained(full, dtype, device)
+        raise BadInput(f"{path}: is a language model's adapter, not a reward model; merge it with lora.py first")
+    model = RewardModel(share.config, share) if share else RewardModel.from_pretrained(full, dtype, device)
     load_adapter(model, adapter, name)
     use_adapter(model, name)
     return model
 
-# ------------------------------------------------------------------------------------------------ scores and losses
+# ------------------------------------------------------------------------------------------------ scores, losses
 def last_column(mask):
     """The column of the last real token (B,), wherever the padding is."""
     return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
@@ -118,8 +106,8 @@ def last_scores(scores, mask):
     return scores.gather(1, last_column(mask)[:, None]).squeeze(1)
 
 def pairwise_loss(chosen, rejected, mask=None, total=None):
-    """-log sigmoid(chosen - rejected) (Bradley & Terry): for scores (B,) per pair, for scores (B,T) the mean over mask
-    (B,T) of each pair; summed over the pairs and divided by total (by default their number)."""
+    """-log sigmoid(chosen - rejected) (Bradley & Terry): for scores (B,) per pair, for scores (B,T) the mean over
+    mask (B,T) of each pair; summed over the pairs and divided by total (by default their number)."""
     loss = -F.logsigmoid(chosen.float() - rejected.float())        # log(sigmoid(x)) would overflow
     if loss.ndim == 2:
         mask = torch.ones_like(loss) if mask is None else mask
@@ -137,8 +125,7 @@ def batch_loss(scores, mask, starts, kind, total):
 
 @torch.no_grad()
 def evaluate(model, rows, micro_batch, device):
-    """Held-out accuracy (share of pairs with the chosen above the rejected), margin (mean difference), and the mean and
-    standard deviation of the chosen scores; every pair counted once over all ranks."""
+    """Held-out accuracy (share with the chosen above), margin (mean difference), mean and std of the chosen."""
     model.eval()
     world = dist.get_world_size()
     order = [-1] * (-len(rows) % (micro_batch * world)) + sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -161,11 +148,7 @@ def main():
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
-        tally = Counter()
-        train, held_out = ([row for r in records if (row := encode_pair(tokenizer, r, args.max_len, tally))]
-                           for records in load_records(args.data, 1, args.split, args.seed, args.eval_data,
-                                                       args.eval_share, tally))
-        check_rows(train, held_out, args.batch, tally)
+        train, held_out = load_rows(args, 1, encode_pair, tokenizer, args.max_len, args.batch, Counter())
 
     # 2. the model, and the weights of it that are trained; the score head always is
     with together():

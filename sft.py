@@ -6,9 +6,9 @@
 4. before, during and after: the perplexity of held-out responses
 5. write a folder that transformers (or PEFT) loads
 
-    deepspeed sft.py --model LLAMA --data demonstrations.jsonl --out runs/sft                 # all GPUs of this machine
+    deepspeed sft.py --model LLAMA --data demonstrations.jsonl --out runs/sft         # all GPUs of this machine
     deepspeed --num_gpus 1 sft.py --model LLAMA --data a.jsonl b.json --out runs/sft --lora-rank 8
-    python sft.py --model LLAMA --data a.jsonl --out runs/sft                                 # one process, GPU or CPU
+    python sft.py --model LLAMA --data a.jsonl --out runs/sft                         # one process, GPU or CPU
 """
 import argparse
 import json
@@ -38,34 +38,23 @@ def get_args():
     add("--model", help="LLaMA folder, or an adapter folder, which is then trained on")
     add("--base", help="base model of an adapter folder, where it is not where the adapter's config says")
     add("--lora-rank", type=number(0, kind=int), default=0, help="rank of a new adapter; 0 trains all weights")
-    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
     add("--lora-dropout", type=number(0, 1), default=0.0, help="share of the adapter's inputs dropped in training")
-    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", help="ends of the names of the layers that get an adapter")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (README, data)")
-    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs; none: every step sees all")
-    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
-    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add("--max-len", type=positive, default=512, help="tokens of prompt and response together")
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that holds another run")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps, instead of --epochs")
     add("--batch", type=positive, default=32, help="rows per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="rows per rank and forward pass")
     add("--lr", type=number(0), default=5e-5, help="highest learning rate")
-    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the learning rate rises; then a cosine")
-    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
-    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
 
 def sft_loss(logits, labels, total=None):
-    """Cross-entropy of logits (N,V) and labels (N,) in float32: the sum over the tokens, divided by total (by default
-    their number). Labels of -100 count nothing."""
+    """Cross-entropy of logits (N,V), labels (N,), -100 for none: the sum over total (by default their number)."""
     total = (labels != -100).sum().clamp(min=1) if total is None else total
     return F.cross_entropy(logits.float(), labels, reduction="sum") / total
 
@@ -80,10 +69,10 @@ def n_labels(rows):
 
 @torch.no_grad()
 def perplexity(model, rows, micro_batch, device):
-    """exp(negative log-likelihood per response token) of rows [(ids, n_prompt)], each counted once over all ranks."""
+    """exp(negative log-likelihood per response token) of rows [(ids, n_prompt)], each counted once."""
     model.eval()
     rows = sorted(rows, key=lambda row: len(row[0]))
-    # every rank takes equally many forward passes (ZeRO-3 waits for all): a filler row is all prompt and counts nothing
+    # all ranks take equally many passes (ZeRO-3 waits for all): a filler row is all prompt and counts nothing
     filler = [(rows[0][0], len(rows[0][0]))] * (-len(rows) % (micro_batch * dist.get_world_size()))
     nll = 0.0
     for micro in deal(filler + rows, dist.get_rank(), dist.get_world_size(), micro_batch):
@@ -101,11 +90,7 @@ def main():
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
-        tally = Counter()
-        train, held_out = ([row for r in records if (row := encode_sft(tokenizer, r, args.max_len, tally))]
-                           for records in load_records(args.data, 0, args.split, args.seed, args.eval_data,
-                                                       args.eval_share, tally))
-        check_rows(train, held_out, args.batch, tally)
+        train, held_out = load_rows(args, 0, encode_sft, tokenizer, args.max_len, args.batch, Counter())
 
     # 2. the model, and the weights of it that are trained
     with together():
@@ -120,7 +105,8 @@ def main():
     log = Log(args, steps, rank)
 
     log.line(step=0, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
-    for step, (epoch, rows) in zip(range(1, steps + 1), stream([len(ids) for ids, _ in train], args.batch, args.seed)):
+    lengths = [len(ids) for ids, _ in train]
+    for step, (epoch, rows) in zip(range(1, steps + 1), stream(lengths, args.batch, args.seed)):
         # 3. one global batch, formed before it is dealt, and its loss per response token of the whole of it
         rows = [train[i] for i in rows]
         total = n_labels(rows) / (world * accumulation)            # the engine divides by both
@@ -142,12 +128,26 @@ def main():
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     finish()
 
-# ------------------------------------------------------------------------------------------------ what all trainers share
+# ------------------------------------------------------------------------------------------------ for all trainers
 def add_engine_flags(parser):
+    """The flags that mean the same in sft.py, reward.py and ppo.py."""
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora-alpha", type=number(0), default=16.0, help="the adapter counts alpha / rank times")
+    add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj",
+        help="ends of the names of the layers that get one")
+    add = parser.add_argument_group("division of the data").add_argument
+    add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
+    add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
+    add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add = parser.add_argument_group("engine").add_argument
-    add("--zero-stage", type=int, default=2, choices=range(4), help="ZeRO: 1 shards optimiser, 2 gradients, 3 weights")
+    add("--out", help="folder to write")
+    add("--overwrite", action="store_true", help="write into a folder that holds another run")
+    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the rate rises; then a cosine")
+    add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
+    add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
+    add("--zero-stage", type=int, default=2, choices=range(4), help="1 shards optimiser, 2 gradients, 3 weights")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16, else fp16, on a GPU; fp32 on CPU")
-    add("--checkpointing", action="store_true", help="recompute layers in the backward pass: less memory, more time")
+    add("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, more time")
     add("--seed", type=int, default=1234, help="of the split, the order, the new weights and the samples")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)                # the launcher passes it
 
@@ -157,7 +157,7 @@ def number(low, high=1e12, kind=float):
     """argparse type of a number from low to high, both included."""
     def parse_number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
     return parse_number
 
@@ -207,7 +207,8 @@ def setup(args):
     if name == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
     torch.manual_seed(args.seed)
-    say(f"{Path(sys.argv[0]).name}: {world} process{'es' * (world > 1)} on {device.type}, {name}, ZeRO-{args.zero_stage}")
+    script, processes = Path(sys.argv[0]).name, f"{world} process{'es' * (world > 1)}"
+    say(f"{script}: {processes} on {device.type}, {name}, ZeRO-{args.zero_stage}")
     return rank, world, device, DTYPES[name]
 
 def say(text):
@@ -236,11 +237,14 @@ def sum_over_ranks(*numbers):
 def accumulate(flag, batch, micro, world):
     """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them."""
     if batch % (micro * world):
-        raise BadInput(f"{flag} {batch} does not divide by --micro-batch {micro} x {world} process{'es' * (world > 1)}")
+        processes = f"{world} process{'es' * (world > 1)}"
+        raise BadInput(f"{flag} {batch} does not divide by --micro-batch {micro} x {processes}")
     return batch // (micro * world)
 
-def check_rows(train, held_out, batch, tally):
-    """Says what was read, cut and dropped; BadInput where there is too little."""
+def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
+    """(training, held-out) rows that encode makes of this phase's records; says what was read, cut and dropped."""
+    parts = load_records(args.data, phase, args.split, args.seed, args.eval_data, args.eval_share, tally)
+    train, held_out = ([row for r in part if (row := encode(tokenizer, r, max_len, tally))] for part in parts)
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
         + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
     if len(train) < batch:
@@ -248,6 +252,7 @@ def check_rows(train, held_out, batch, tally):
                        f"(see --split, --max-len and the batch)")
     if not held_out:
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
+    return train, held_out
 
 WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
 
@@ -282,22 +287,17 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     say(f"training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights "
         f"for {steps:,} steps")
     # weight decay pulls matrices towards 0; a norm's weight belongs near 1. An empty group would crash DeepSpeed
-    groups = [{"params": [p for p in trained if (p.ndim >= 2) is matrix], "weight_decay": args.weight_decay * matrix}
-              for matrix in (True, False)]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
     warmup = max(1, round(args.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warmup) * 0.5 * (
         1 + math.cos(math.pi * min(1, max(0, n + 1 - warmup) / max(1, steps - warmup + 1)))))
-    config = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000},   # elements: 100 MB in bf16
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "gradient_clipping": args.grad_clip,
-        "zero_allow_untested_optimizer": True,                     # torch's AdamW: DeepSpeed's own compiles C++
-        "steps_per_print": 10**9,
-    }
+    config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
+              "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
+              "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000},         # elements
+              "zero_allow_untested_optimizer": True,               # torch's AdamW: DeepSpeed's own compiles C++
+              "gradient_clipping": args.grad_clip, "steps_per_print": 10**9}
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
 def engine_metrics(engine):
@@ -305,10 +305,10 @@ def engine_metrics(engine):
 
 class Log:
     """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""
-
     def __init__(self, args, steps, rank):
         self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "w")
-        self.bar = tqdm(total=steps, disable=rank > 0 or None, dynamic_ncols=True, unit="step")   # None: only on a terminal
+        # disable=None: the bar is only on a terminal
+        self.bar = tqdm(total=steps, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
         self.every, self.steps, self.n, self.tokens, self.since = args.log_every, steps, 0, 0, time.perf_counter()
 
     def step(self, tokens, **metrics):
@@ -324,8 +324,7 @@ class Log:
     def line(self, **metrics):
         if self.file is None:
             return
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        print(json.dumps(metrics), file=self.file, flush=True)
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
 def gathered(model):
@@ -364,7 +363,7 @@ def run(main):
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif not dist.is_initialized():
-            time.sleep(5)                    # the launcher kills rank 0 a second after another has left: let it speak
+            time.sleep(5)                    # the launcher kills rank 0 soon after another has left: let it speak
         if dist.is_initialized():
             finish()
         sys.exit(2)

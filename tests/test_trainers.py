@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 # rates at which a few steps move the weights far beyond rounding: runs that agree have trained alike, not stood still
 LORA = "--lora-rank 4 --lora-targets q_proj,v_proj,down_proj"
 SUPERVISED = "--data $pairs --max-len 64 --batch 8 --lr 1e-3 --steps 3 --log-every 1 --eval-every 2"
-PPO = ("--data $pairs --max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 2 --weight-decay 3 "
-       "--actor-lr 3e-4 --critic-lr 3e-4 --eval-every 2")
+PPO = ("--data $pairs --max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 2 "
+       "--actor-lr 3e-4 --critic-lr 3e-4 --weight-decay 3 --eval-every 2")
 EXTRAS = ("--ptx-data $text --ptx-coef 0.5 --ema 0.9 --kl-target 0.01 --missing-eos-penalty 0.5 --reward-norm rollout "
           "--norm-prompts 11 --gold $gold --save-critic --checkpointing")
 # name: (script, flags); @name stands for the folder of another run, $name for an input
