@@ -317,7 +317,7 @@ def sample(logits, temperature, top_k, top_p, uniforms):
     cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
     total = cumulative[:, -1:]               # 1 up to rounding; strictly below it no word of probability 0 is met
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)    # NaN
 
 def any_alive(alive, together):
     """Whether a row is still going on, on this rank or (together) on any."""

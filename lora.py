@@ -12,6 +12,7 @@ share one LLaMA in memory: a role is the base with the adapter of its name switc
 """
 import argparse
 import json
+import operator
 import re
 import shutil
 import sys
@@ -158,7 +159,7 @@ def read_adapter_config(path):
                "init_lora_weights": [True, False, None, "gaussian"]}
     for key, value in config.items():
         unknown = key not in KNOWN and value is not False and value not in (None, {}, [], "")
-        elsewhere = key == "modules_to_save" and set(value or []) - {"score", "classifier"}
+        elsewhere = key == "modules_to_save" and set(map(str, value or [])) - {"score", "classifier"}
         if unknown or elsewhere or value not in allowed.get(key, [value]):
             raise BadInput(f"{where}: {key} = {value!r} is not supported; it would change the result")
     try:
@@ -167,7 +168,7 @@ def read_adapter_config(path):
         for pattern in [*ranks, *alphas, *([targets] if isinstance(targets, str) else targets)]:
             re.compile(pattern)
         sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
-        if not config["r"] >= 1 or not targets:
+        if min(map(operator.index, [config["r"], *ranks.values()])) < 1 or not targets:
             raise ValueError(f"r {config['r']}, target_modules {targets}")
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         why = f"{type(error).__name__}: {error}"
@@ -183,7 +184,7 @@ def load_adapter(model, path, name):
     """Attaches a PEFT folder's adapter under this name, not yet in use; a reward model takes its score too."""
     config, linears = read_adapter_config(path), linear_paths(model)
     file = Path(path) / "adapter_model.safetensors"
-    file = file if file.exists() else file.with_suffix(".bin")
+    file = file.with_suffix(".bin") if file.with_suffix(".bin").exists() and not file.exists() else file
     everything = config["target_modules"] == "all-linear"          # PEFT leaves the head out of it
     wanted = [p for p in linears if (p != "lm_head" if everything else matches(p, config["target_modules"]))]
     keys = {f"{PREFIX}{p}.{part}.weight" for p in wanted for part in ("lora_A", "lora_B")}

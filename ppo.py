@@ -277,7 +277,7 @@ def read_stats(args):
     if not file.exists():
         raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none takes them raw")
     stats = read_json(file)
-    if not all(isinstance(stats.get(k), float) for k in ("mean", "std")) or not stats["std"] > 0:
+    if not all(isinstance(stats.get(k), int | float) for k in ("mean", "std")) or not stats["std"] > 0:
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
     return stats
 

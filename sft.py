@@ -142,7 +142,7 @@ def add_engine_flags(parser):
     add = parser.add_argument_group("engine").add_argument
     add("--out", help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that holds another run")
-    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the rate rises; then a cosine")
+    add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the rate rises, before a cosine")
     add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
     add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--zero-stage", type=int, default=2, choices=range(4), help="1 shards optimiser, 2 gradients, 3 weights")
@@ -257,8 +257,8 @@ def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
 WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
 
 def check_folders(args, adapter, *folders):
-    """BadInput where --out is one of the folders that are read, or holds another run, or where --lora-rank asks for an
-    adapter on an adapter; before any weights load."""
+    """BadInput where --out is a folder that is read, or holds another run, or where --lora-rank asks for an adapter
+    on an adapter; before any weights load."""
     if args.lora_rank and adapter:
         raise BadInput(f"--lora-rank: {adapter} is an adapter already, which is trained on; leave the flag out")
     if Path(args.out).resolve() in [folder.resolve() for folder in (adapter, *folders) if folder]:
@@ -284,24 +284,27 @@ def start_run(args, rank):
 def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     """A DeepSpeed engine that trains these parameters of model: AdamW, warm-up and cosine over `steps`."""
     import deepspeed
-    say(f"training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights "
-        f"for {steps:,} steps")
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}    # whole, where ZeRO-3 has cut p up
+    n_trained, n = (sum(math.prod(shapes[p]) for p in some) for some in (trained, shapes))
+    say(f"training {n_trained:,} of {n:,} weights for {steps:,} steps")
     # weight decay pulls matrices towards 0; a norm's weight belongs near 1. An empty group would crash DeepSpeed
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in trained if len(shapes[p]) >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if len(shapes[p]) < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
     warmup = max(1, round(args.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warmup) * 0.5 * (
         1 + math.cos(math.pi * min(1, max(0, n + 1 - warmup) / max(1, steps - warmup + 1)))))
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
               "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
-              "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000},         # elements
+              "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000,      # elements
+                                    "stage3_prefetch_bucket_size": 0},       # two engines on one base: none ahead
               "zero_allow_untested_optimizer": True,               # torch's AdamW: DeepSpeed's own compiles C++
               "gradient_clipping": args.grad_clip, "steps_per_print": 10**9}
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
 def engine_metrics(engine):
-    return {"grad_norm": float(engine.get_global_grad_norm() or 0), "skipped": engine.skipped_steps}
+    norm = engine.get_global_grad_norm()     # None under ZeRO-0 in float32
+    return {"skipped": engine.skipped_steps} if norm is None else {"grad_norm": float(norm), "skipped": engine.skipped_steps}
 
 class Log:
     """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""

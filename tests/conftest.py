@@ -13,6 +13,8 @@ import torch
 
 from llama import Llama, LlamaConfig, copy_tokenizer
 
+torch.set_num_threads(1)                     # tiny matrices: threads would only wait for each other
+
 REPO = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("RLHF_TEST_DATA", REPO.parent / "shared" / "data"))
 
