@@ -125,7 +125,7 @@ def read_rows(path):
     if raw[:4] == b"PAR1":
         try:
             import pyarrow.parquet
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+            yield from enumerate(pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist(), 1)
             return
         except ImportError:
             raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None

@@ -6,7 +6,7 @@ A decoder-only transformer (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288
 3. a last RMSNorm, then the head gives one logit per word of the vocabulary
 
 Shapes, in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head size,
-V vocabulary. `mask` (B,T) says which ids are real; nothing is ever inferred from the value of an id.
+V vocabulary, N chosen places. `mask` (B,T) says which ids are real; padding is never told by an id's value.
 
     model = Llama.from_pretrained("some/llama/folder")
     response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)

@@ -39,7 +39,7 @@ def get_args():
     add("--reward", help="folder of reward.py, full or adapter; the critic starts from it")
     add("--base", help="base model of an actor that is an adapter, where it is not where its config says")
     add("--reward-base", help="the same for the reward model")
-    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of new adapters for full folders; 0 trains all weights")
+    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of new adapters; 0 trains all weights")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
     add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
@@ -88,7 +88,7 @@ def token_logps(logits, ids, temperature):
 def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
     penalty. The score judges the whole answer, so it comes where the answer is whole: at EOS, or where it was cut.
-    logp - ref_logp estimates the KL divergence (Schulman's k1); another estimator would go in its place."""
+    logp - ref_logp estimates the KL divergence (k1); for k2 or k3 change it here, and where `kl` is logged."""
     rewards = -kl_coef * (logp - ref_logp) * mask
     last = torch.zeros_like(rewards).scatter(1, (mask.long().sum(1, keepdim=True) - 1).clamp(min=0), 1.0) * mask
     return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
@@ -401,8 +401,9 @@ def main():
 
         # 6. log, now and then answer held-out prompts
         measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micros and ranks
+        first_ratio = float(measured[:accumulation, 3].sum())      # of the first mini-batch alone
         policy, value, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
-            *(measured.sum(0) / n_updates).tolist(), float(measured[:accumulation, 3].sum()))
+            *(measured.sum(0) / n_updates).tolist(), first_ratio)
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
         log.step(int(batch["mask"].sum()), epoch=epoch, score=float(score.mean()), kl=kl,
                  length=float(mask.sum(1).double().mean()), eos_share=float(batch["ended"].double().mean()),

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -97,7 +98,7 @@ def main():
         model = load_model(args.model, dtype, device, args.base)
         if args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-        model.config, model.model.checkpointing = config, args.checkpointing
+        model.config, model.model.checkpointing = config, args.checkpointing    # config with the tokenizer's BOS, EOS
         start_run(args, rank)
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -261,7 +262,8 @@ def check_folders(args, adapter, *folders):
     on an adapter; before any weights load."""
     if args.lora_rank and adapter:
         raise BadInput(f"--lora-rank: {adapter} is an adapter already, which is trained on; leave the flag out")
-    if Path(args.out).resolve() in [folder.resolve() for folder in (adapter, *folders) if folder]:
+    read = [folder.resolve() for folder in (adapter, *folders) if folder]
+    if any((Path(args.out) / part).resolve() in read for part in ("", "critic", "ema")):
         raise BadInput(f"--out {args.out}: is a folder that this run reads; choose another")
     if not args.overwrite and any((Path(args.out) / name).exists() for name in WRITTEN):
         raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, or --overwrite")
@@ -275,6 +277,8 @@ def start_run(args, rank):
         out.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:                 # an adapter_config.json left behind would win over the new full model
             (out / name).unlink(missing_ok=True)
+        for part in ("critic", "ema"):
+            shutil.rmtree(out / part, ignore_errors=True)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
         flags = {**vars(args), "world_size": dist.get_world_size(), "versions": versions}
         (out / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
@@ -304,7 +308,7 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
 
 def engine_metrics(engine):
     norm = engine.get_global_grad_norm()     # None under ZeRO-0 in float32
-    return {"skipped": engine.skipped_steps} if norm is None else {"grad_norm": float(norm), "skipped": engine.skipped_steps}
+    return {"skipped": engine.skipped_steps} | ({} if norm is None else {"grad_norm": float(norm)})
 
 class Log:
     """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""
@@ -328,6 +332,7 @@ class Log:
         if self.file is None:
             return
         print(json.dumps(metrics), file=self.file, flush=True)
+        self.since = self.since if self.tokens else time.perf_counter()      # tokens_per_s is without evaluation
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
 def gathered(model):
