@@ -77,7 +77,7 @@ def main():
         raise BadInput("--max-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     tokenizer, config, _ = open_tokenizer(args.model, args.base, args.max_tokens + 1)
     cuda = torch.cuda.is_available()
-    dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     model = load_model(args.model, dtype, "cuda" if cuda else "cpu", args.base).eval()
     model.n_words = tokenizer.vocab_size
     if args.seed is not None:

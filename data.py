@@ -243,8 +243,8 @@ def encode_prompt(tokenizer, record, max_len, tally=None):
     """Ids of the prompt with BOS, at most max_len, or None where the last question alone does not fit."""
     tally = Counter() if tally is None else tally
     ids, lost = fit_prompt(tokenizer, record["prompt"], max_len)
-    if len(ids) > max_len:
-        tally["rows dropped: the last question does not fit"] += 1
+    if not record["prompt"] or len(ids) > max_len:
+        tally["rows dropped: " + ("the last question does not fit" if record["prompt"] else "no prompt")] += 1
         return None
     tally["prompts that lost their oldest turns"] += lost
     return ids

@@ -404,7 +404,8 @@ def copy_tokenizer(source, path):
     """Copies the tokenizer's files, and adds what AutoTokenizer needs to give the same ids where it is missing."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 "tokenizer.json"):
         if (Path(source) / name).exists():
             (path / name).write_bytes((Path(source) / name).read_bytes())
     if not (path / "tokenizer_config.json").exists():

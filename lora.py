@@ -244,6 +244,8 @@ def main():
     full, adapter = resolve(args.adapter, args.base)
     if adapter is None:
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
+    if Path(args.out).resolve() in (full, adapter.resolve()):
+        raise BadInput(f"--out {args.out}: is a folder that is read; choose another")
     if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":  # a reward model: the score in the head's place
         architecture = "LlamaForSequenceClassification"
         with torch.device("meta"):

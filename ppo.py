@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, open_tokenizer, read_records,
+from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, open_tokenizer,
                   stream)
 from llama import BadInput, Llama, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
@@ -308,8 +308,8 @@ def read_inputs(args, world):
     if theirs.pieces() != tokenizer.pieces():
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one base")
     tally = Counter()
-    ptx = [row for file in args.ptx_data or [] for r in read_records(file, tally)
-           if (row := encode_sft(tokenizer, r, longest, tally))]
+    mix, _ = load_records(args.ptx_data or [], 2, None, args.split_seed, None, args.eval_share, tally)
+    ptx = [row for r in mix if (row := encode_sft(tokenizer, r, longest, tally))]       # nothing held out is in it
     train, held_out = load_rows(args, 2, encode_prompt, tokenizer, args.max_prompt, args.rollout_batch, tally)
     if args.ptx_data and len(ptx) < args.mini_batch:
         raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
@@ -339,7 +339,8 @@ def main():
     if args.reward_norm == "rollout":        # the scores of the reference's own answers
         prompts = train[:args.norm_prompts]
         uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, -1))
-        score = rollout(roles, prompts, uniforms, args, tokenizer)["score"]
+        parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
+        score = torch.cat([rollout(roles, prompts[p], uniforms[p], args, tokenizer)["score"] for p in parts])
         stats = {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
     beta, log = args.kl_coef, Log(args, steps, rank)
     ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed) if ptx else None
@@ -370,13 +371,15 @@ def main():
         passes = [torch.randperm(args.rollout_batch, generator=rng) for _ in range(args.ppo_epochs)]
         for mini in torch.cat(passes).view(-1, args.mini_batch).tolist():
             total = mask[mini].sum() / (world * accumulation)      # all ranks' tokens; the engines divide by both
+            micros = [{k: v[rows] for k, v in batch.items()} for rows in deal(mini, rank, world, args.micro_batch)]
             mixed = [ptx[i] for i in next(ptx_stream)[1]] if ptx else []
             ptx_total = n_labels(mixed) / (world * accumulation)
             ptx_micros = deal(mixed, rank, world, args.micro_batch)
-            for n, micro in enumerate(deal(mini, rank, world, args.micro_batch)):
-                mb = {k: v[micro] for k, v in batch.items()}
+            actor_losses, critic_losses = [], []
+
+            use_adapter(*roles["actor"])                           # and no other until its last backward is done
+            for n, mb in enumerate(micros):
                 mb_mask = mb["response_mask"]
-                use_adapter(*roles["actor"])                       # and no other until its backward is done
                 new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb_mask, args.temperature,
                                                   tokenizer.vocab_size)
                 actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb_mask, args.clip, total)
@@ -386,15 +389,19 @@ def main():
                     ptx_loss = sft_loss(*response_logits(actor_engine, ids, ids_mask, labels), ptx_total)
                 actor_engine.backward(actor_loss + args.ptx_coef * ptx_loss)
                 actor_engine.step()
-
-                use_adapter(*roles["critic"])
-                new_values = critic_engine(mb["ids"], mb["mask"])[:, P - 1:-1]
-                critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb_mask, args.value_clip, total)
-                critic_engine.backward(critic_loss)
-                critic_engine.step()
                 measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
                                            args.temperature, total)
-                measured.append(torch.stack([actor_loss, critic_loss, ptx_loss, *measures]).detach())
+                actor_losses.append(torch.stack([actor_loss, ptx_loss, *measures]).detach())
+
+            use_adapter(*roles["critic"])
+            for mb in micros:
+                new_values = critic_engine(mb["ids"], mb["mask"])[:, P - 1:-1]
+                critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb["response_mask"],
+                                         args.value_clip, total)
+                critic_engine.backward(critic_loss)
+                critic_engine.step()
+                critic_losses.append(critic_loss.detach()[None])
+            measured += [torch.cat(losses) for losses in zip(critic_losses, actor_losses)]
             with gathered(actor):
                 for p, mean in average:
                     mean.lerp_(p.detach().float(), 1 - args.ema)
@@ -402,7 +409,7 @@ def main():
         # 6. log, now and then answer held-out prompts
         measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micros and ranks
         first_ratio = float(measured[:accumulation, 3].sum())      # of the first mini-batch alone
-        policy, value, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
+        value, policy, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
             *(measured.sum(0) / n_updates).tolist(), first_ratio)
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
         log.step(int(batch["mask"].sum()), epoch=epoch, score=float(score.mean()), kl=kl,

@@ -138,6 +138,7 @@ def add_engine_flags(parser):
         help="ends of the names of the layers that get one")
     add = parser.add_argument_group("division of the data").add_argument
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
+    add("--split-seed", type=int, default=1234, help="of that division and of what is held out: the same in all steps")
     add("--eval-data", nargs="+", help="held-out files; without them a share of the conversations")
     add("--eval-share", type=number(0, 1), default=0.05, help="share of the conversations held out")
     add = parser.add_argument_group("engine").add_argument
@@ -149,7 +150,7 @@ def add_engine_flags(parser):
     add("--zero-stage", type=int, default=2, choices=range(4), help="1 shards optimiser, 2 gradients, 3 weights")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16, else fp16, on a GPU; fp32 on CPU")
     add("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, more time")
-    add("--seed", type=int, default=1234, help="of the split, the order, the new weights and the samples")
+    add("--seed", type=int, default=1234, help="of the order, the new weights and the samples")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)                # the launcher passes it
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -203,7 +204,7 @@ def setup(args):
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    best = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    best = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = best if args.dtype == "auto" else args.dtype
     if name == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
@@ -244,7 +245,7 @@ def accumulate(flag, batch, micro, world):
 
 def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
     """(training, held-out) rows that encode makes of this phase's records; says what was read, cut and dropped."""
-    parts = load_records(args.data, phase, args.split, args.seed, args.eval_data, args.eval_share, tally)
+    parts = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share, tally)
     train, held_out = ([row for r in part if (row := encode(tokenizer, r, max_len, tally))] for part in parts)
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
         + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
@@ -271,6 +272,7 @@ def check_folders(args, adapter, *folders):
 def start_run(args, rank):
     """Rank 0 makes --out and writes args.json; BadInput where it cannot be written."""
     out = Path(args.out)
+    torch.manual_seed(args.seed + rank)      # the new weights are made; dropout differs between ranks
     if rank:
         return
     try:

@@ -1,10 +1,9 @@
 """Turns the public 260K-parameter TinyStories LLaMA, a checkpoint of llama2.c, into a Hugging Face folder with
-config.json, model.safetensors and tokenizer.model. It needs torch, numpy and safetensors.
+config.json, model.safetensors, tokenizer.model and greedy.txt, the published text that it must say. It needs torch, numpy and safetensors.
 
 1. get stories260K.bin and tok512.bin from https://huggingface.co/karpathy/tinyllamas, folder stories260K
 2. python tests/stories260k.py stories260K.bin tok512.bin DATA/stories260k
-3. put llama2.c's published greedy text, 199 tokens from BOS, beside it as greedy.txt
-4. RLHF_TEST_DATA=DATA ./run.sh test
+3. RLHF_TEST_DATA=DATA ./run.sh test
 """
 import json
 import math
@@ -15,6 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+# what it says from BOS on, 199 tokens, taking the likeliest each time, as published in llama2.c's test_all.py
+GREEDY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball. She wanted to play with it, but it was too high.\nLily's mom "
+    "said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She said, \"I want "
+    "to play with your ball, but I can't find it.\"\nLily was sad and didn't know what to do. She "
+    "said, \"I'm sorry, Lily. I didn't know what to do.\"\nLily didn't want to help her mom, so")
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -112,6 +119,7 @@ def main(checkpoint, tokenizer, out):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(read_tokenizer(tokenizer, config["vocab_size"]))
+    (out / "greedy.txt").write_text(GREEDY)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
 

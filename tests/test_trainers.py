@@ -35,8 +35,8 @@ JOBS = {
     "ppo-uneven": ("uneven", f"--actor @sft-lora --reward @reward-lora {PPO}"),
 }
 REFERENCE = "--micro-batch 1 --zero-stage 2"                       # one process, a row at a time
-ONE_RANK = ["--micro-batch 4 --zero-stage 0", "--micro-batch 2 --zero-stage 3"]
-TWO_RANKS = ["--micro-batch 2 --zero-stage 0", "--micro-batch 1 --zero-stage 1", "--micro-batch 2 --zero-stage 2",
+ONE_RANK = ["--micro-batch 1 --zero-stage 0", "--micro-batch 4 --zero-stage 3"]
+TWO_RANKS = ["--micro-batch 1 --zero-stage 0", "--micro-batch 1 --zero-stage 1", "--micro-batch 2 --zero-stage 2",
              "--micro-batch 1 --zero-stage 3"]
 # Importing torch and deepspeed takes longer than these trainings, so this runs many in one process, or in one per rank.
 CHAIN = """
