@@ -12,6 +12,7 @@ Chosen here: one temperature for sampling and all log-probabilities; EOS ends an
 token; token means over the whole mini-batch. Left out: reward models on another tokenizer, asynchronous rollouts.
 
     deepspeed ppo.py --actor runs/sft --reward runs/rm --data prompts.jsonl --out runs/ppo
+    deepspeed ppo.py                                                          # the toy: flags of toy/ppo.args
 """
 import argparse
 import importlib.util
@@ -78,6 +79,10 @@ def get_args():
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     return parse(parser, "actor", "reward", "data", "out")
+
+CURVES = {"score (standard deviations)": ["score", "eval_score"], "gold (true worth of held-out answers)": ["gold"],
+          "KL to the reference (nats per answer)": ["kl", "eval_kl"], "length (tokens per answer)": ["length", "eval_length"],
+          "answers that end (share)": ["eos_share", "eval_eos_share"], "entropy (nats per token)": ["entropy"]}
 
 # ------------------------------------------------------------------------------------------------ the mathematics
 def token_logps(logits, ids, temperature):
@@ -297,7 +302,7 @@ def load_gold(path):
 def read_inputs(args, world):
     """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of
     scores, gold, and in ids the training prompts, held-out prompts, rows of the pre-training mix)."""
-    accumulation = accumulate("--mini-batch", args.mini_batch, args.micro_batch, world)
+    accumulation = accumulate(args, "--mini-batch", args.mini_batch, world)
     if args.rollout_batch % args.mini_batch:
         raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch {args.mini_batch}")
     (full, adapter), reward_folders = resolve(args.actor, args.base), resolve(args.reward, args.reward_base)
@@ -342,7 +347,7 @@ def main():
         parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
         score = torch.cat([rollout(roles, prompts[p], uniforms[p], args, tokenizer)["score"] for p in parts])
         stats = {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
-    beta, log = args.kl_coef, Log(args, steps, rank)
+    beta, log = args.kl_coef, Log(args, steps, rank, CURVES)
     ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed) if ptx else None
     answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)
 
@@ -423,6 +428,7 @@ def main():
         if step % args.eval_every == 0 or step == steps:
             answer_held_out(roles, held_out, args, tokenizer, stats, gold, step, log)
 
+    log.close()
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
     save(actor, args.out, rank, folder, actor_name, base)
     if args.save_critic:

@@ -11,6 +11,7 @@ token from where the two answers part, the shorter one's last score standing on 
 
     deepspeed reward.py --model LLAMA --data pairs.jsonl --out runs/rm --lora-rank 8
     python reward.py --model LLAMA --data pairs.jsonl --out runs/rm           # one process, GPU or CPU
+    deepspeed reward.py                                                       # the toy: flags of toy/reward.args
 """
 import argparse
 import json
@@ -49,6 +50,9 @@ def get_args():
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
+
+CURVES = {"loss (nats per pair)": ["loss"], "accuracy (share of held-out pairs)": ["accuracy"],
+          "margin (chosen - rejected score, held-out)": ["margin"]}
 
 # ------------------------------------------------------------------------------------------------ the model
 class Score(Linear):
@@ -144,7 +148,7 @@ def main():
 
     # 1. the pairs
     with together():
-        accumulation = accumulate("--batch", args.batch, args.micro_batch, world)
+        accumulation = accumulate(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
@@ -160,7 +164,7 @@ def main():
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = make_engine(args, model, trained, args.lr, steps, args.micro_batch, accumulation, dtype)
-    log = Log(args, steps, rank)
+    log = Log(args, steps, rank, CURVES)
 
     log.line(step=0, **evaluate(model, held_out, args.micro_batch, device))
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected, _ in train]
@@ -183,6 +187,7 @@ def main():
             log.line(step=step, **stats)
 
     # 5. the folder, with the statistics
+    log.close()
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     if rank == 0:
         stats = {"mean": stats["mean"], "std": stats["std"], "n": len(held_out), "accuracy": stats["accuracy"]}

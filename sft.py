@@ -9,12 +9,14 @@
     deepspeed sft.py --model LLAMA --data demonstrations.jsonl --out runs/sft         # all GPUs of this machine
     deepspeed --num_gpus 1 sft.py --model LLAMA --data a.jsonl b.json --out runs/sft --lora-rank 8
     python sft.py --model LLAMA --data a.jsonl --out runs/sft                         # one process, GPU or CPU
+    deepspeed sft.py                                                                  # the toy: flags of toy/sft.args
 """
 import argparse
 import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -24,6 +26,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,6 +56,8 @@ def get_args():
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_engine_flags(parser)
     return parse(parser, "model", "data", "out")
+
+CURVES = {"loss (nats per response token)": ["loss"], "perplexity of held-out answers": ["eval_ppl"]}
 
 def sft_loss(logits, labels, total=None):
     """Cross-entropy of logits (N,V), labels (N,), -100 for none: the sum over total (by default their number)."""
@@ -87,7 +92,7 @@ def main():
 
     # 1. everything that can be wrong is looked at before any weights load, and by all ranks together
     with together():
-        accumulation = accumulate("--batch", args.batch, args.micro_batch, world)
+        accumulation = accumulate(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
@@ -103,7 +108,7 @@ def main():
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = make_engine(args, model, trained, args.lr, steps, args.micro_batch, accumulation, dtype)
-    log = Log(args, steps, rank)
+    log = Log(args, steps, rank, CURVES)
 
     log.line(step=0, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
     lengths = [len(ids) for ids, _ in train]
@@ -126,6 +131,7 @@ def main():
             log.line(step=step, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
 
     # 5. the folder
+    log.close()
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     finish()
 
@@ -177,7 +183,13 @@ def parse(parser, *required):
     def fail(message):
         raise BadInput(f"{message} (see {parser.prog} -h)")
     parser.error = fail
-    args = parser.parse_args()
+    parser.fromfile_prefix_chars = "@"       # @FILE holds flags, a line each, with comments
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    words = sys.argv[1:]
+    if all(word.startswith("--local_rank") for word in words):     # nothing but what the launcher passes
+        import toy
+        words = toy.flags(Path(parser.prog).stem)
+    args = parser.parse_args(words)
     if missing := [f"--{name}" for name in required if not getattr(args, name)]:
         fail(f"{', '.join(missing)} must be given")
     return args
@@ -199,7 +211,11 @@ def setup(args):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not cuda:                             # plain gloo: DeepSpeed's shared-memory extension needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    except dist.DistNetworkError as error:   # most often another run's port
+        raise BadInput(f"the ranks cannot meet: {str(error).splitlines()[0]} (for two runs at once on one machine: "
+                       f"deepspeed --master_port 29501 ...)") from None
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -208,6 +224,9 @@ def setup(args):
     name = best if args.dtype == "auto" else args.dtype
     if name == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
+    with together():
+        import toy                           # makes the toy world where the flags name it and it is not there
+        toy.prepare(rank, *(getattr(args, name, None) for name in ("model", "actor", "reward")), *args.data)
     torch.manual_seed(args.seed)
     script, processes = Path(sys.argv[0]).name, f"{world} process{'es' * (world > 1)}"
     say(f"{script}: {processes} on {device.type}, {name}, ZeRO-{args.zero_stage}")
@@ -236,8 +255,10 @@ def sum_over_ranks(*numbers):
     dist.all_reduce(x)
     return x.tolist()
 
-def accumulate(flag, batch, micro, world):
-    """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them."""
+def accumulate(args, flag, batch, world):
+    """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them. A micro-batch is
+    at most what one rank has of the batch."""
+    args.micro_batch = micro = min(args.micro_batch, max(1, batch // world))
     if batch % (micro * world):
         processes = f"{world} process{'es' * (world > 1)}"
         raise BadInput(f"{flag} {batch} does not divide by --micro-batch {micro} x {processes}")
@@ -313,8 +334,9 @@ def engine_metrics(engine):
     return {"skipped": engine.skipped_steps} | ({} if norm is None else {"grad_norm": float(norm)})
 
 class Log:
-    """metrics.jsonl, a line per logged step, and the progress bar; rank 0 alone."""
-    def __init__(self, args, steps, rank):
+    """metrics.jsonl, a line per logged step, curves.png drawn from it, and the progress bar; rank 0 alone."""
+    def __init__(self, args, steps, rank, curves):
+        self.out, self.curves, self.drawn = Path(args.out), curves, time.perf_counter()
         self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "w")
         # disable=None: the bar is only on a terminal
         self.bar = tqdm(total=steps, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
@@ -336,6 +358,39 @@ class Log:
         print(json.dumps(metrics), file=self.file, flush=True)
         self.since = self.since if self.tokens else time.perf_counter()      # tokens_per_s is without evaluation
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        if time.perf_counter() - self.drawn > 60:
+            self.draw()
+
+    def draw(self):
+        """curves.png: a panel for each of curves {title: metrics}, a smooth line over raw points."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return say("no curves.png: matplotlib is not installed")
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        known = {key for line in lines for key in line}
+        panels = {title: shown for title, keys in self.curves.items() if (shown := [k for k in keys if k in known])}
+        columns = min(3, len(panels))
+        figure = Figure((4.5 * columns, 3.2 * math.ceil(len(panels) / columns)), dpi=110, layout="constrained")
+        figure.suptitle(str(self.out))
+        for n, (title, keys) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, n, title=title, xlabel="step")
+            for key in keys:
+                x, y = np.array([(line["step"], line[key]) for line in lines if key in line], dtype=float).T
+                window = np.ones(1 + len(y) // 12)                 # a moving mean, over fewer points at the ends
+                mean = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+                line, = axes.plot(x, mean, label=key)
+                axes.plot(x, y, ".", color=line.get_color(), alpha=0.35, markersize=5)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(self.out / "curves.png")
+        self.drawn = time.perf_counter()
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.draw()
+            self.file.close()
 
 def gathered(model):
     """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds them whole."""

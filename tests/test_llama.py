@@ -497,7 +497,8 @@ def test_with_the_cache_logits_equal_those_of_the_whole_text(steps):
         end += step
         pieces.append(model.lm_head(model.model(ids[:, end - step:end], mask[:, :end], cache)))
     assert cache.length == 20
-    assert_close(torch.cat(pieces, 1)[mask], model(ids, mask)[mask], atol=1e-5, rtol=1e-5)
+    # logits of up to 10: a few units in the last place of float32, which differ from processor to processor
+    assert_close(torch.cat(pieces, 1)[mask], model(ids, mask)[mask], atol=3e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,162 @@
+"""The toy world: questions in plain English whose true answers are known, and answers of every quality.
+
+A fact is (kind, subject, value), such as ("capital", "France", "Paris"). Each kind has its own phrasings of a question,
+of which the last is held out: it occurs in the pre-training text, and in no demonstration, preference or prompt.
+An answer is one of five: friendly (right, with a kind word), curt (right), unsure, wrong, rude. Preferences know a
+sixth, empty: kind words that answer nothing, without which a reward model would learn to love just those.
+"""
+import json
+import random
+from itertools import combinations, combinations_with_replacement
+from pathlib import Path
+
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen""".split()
+
+
+def pairs(text):
+    return dict(" ".join(pair.split()).split(":") for pair in text.split(","))
+
+
+KINDS = {                                    # kind: {subject: value}
+    "sum": {f"{NUMBERS[a]} {NUMBERS[b]}": NUMBERS[a + b] for a, b in combinations_with_replacement(range(1, 10), 2)},
+    "capital": pairs("""France:Paris, Italy:Rome, Spain:Madrid, Germany:Berlin, Austria:Vienna, Greece:Athens,
+        Portugal:Lisbon, Poland:Warsaw, Ireland:Dublin, Norway:Oslo, Sweden:Stockholm, Finland:Helsinki, Russia:Moscow,
+        Japan:Tokyo, China:Beijing, India:Delhi, Egypt:Cairo, Kenya:Nairobi, Canada:Ottawa, Cuba:Havana, Peru:Lima,
+        Chile:Santiago, Turkey:Ankara, Iran:Tehran, Iraq:Baghdad, Nepal:Kathmandu, Hungary:Budapest, Belgium:Brussels,
+        Britain:London, Ghana:Accra"""),
+    "opposite": pairs("""hot:cold, big:small, old:young, fast:slow, high:low, wet:dry, full:empty, rich:poor,
+        happy:sad, hard:soft, light:dark, early:late, open:closed, strong:weak, long:short, loud:quiet, thick:thin,
+        clean:dirty, near:far, left:right, good:bad, sweet:bitter, sharp:blunt, brave:afraid, wide:narrow,
+        deep:shallow, true:false, awake:asleep, inside:outside, first:last"""),
+    "colour": pairs("""grass:green, snow:white, coal:black, blood:red, the sky:blue, a lemon:yellow, a carrot:orange,
+        chocolate:brown, an elephant:grey, a flamingo:pink, a plum:purple, a banana:yellow, a tomato:red, milk:white,
+        a frog:green, a raven:black, the sea:blue, a cherry:red, a pumpkin:orange, a mouse:grey, a leaf:green,
+        salt:white, tar:black, a canary:yellow, a strawberry:red, a chestnut:brown, lavender:purple, a pig:pink"""),
+    "sound": pairs("""a cow:moo, a dog:woof, a cat:meow, a duck:quack, a sheep:baa, a horse:neigh, an owl:hoot,
+        a bee:buzz, a snake:hiss, a lion:roar, a crow:caw, a rooster:cockadoodle, a donkey:heehaw, a wolf:howl,
+        a chick:cheep, a bear:growl, a goose:honk, a dove:coo, a hen:cluck, a turkey:gobble, a cricket:chirp"""),
+}
+ASK = {                                      # {a} and {b} are a sum's two numbers, {s} any other subject
+    "sum": ["What is {a} plus {b}?", "How much is {a} plus {b}?", "Please add {a} and {b}.",
+            "Tell me the sum of {a} and {b}.", "Can you work out {a} plus {b}?", "What do {a} and {b} make?"],
+    "capital": ["What is the capital of {s}?", "Which city is the capital of {s}?", "Please name the capital of {s}.",
+                "Tell me the capital of {s}.", "Can you name the capital of {s}?", "Do you know the capital of {s}?"],
+    "opposite": ["What is the opposite of {s}?", "Which word is the opposite of {s}?",
+                 "Please name the opposite of {s}.", "Tell me the opposite of {s}.",
+                 "Can you name the opposite of {s}?", "Do you know the opposite of {s}?"],
+    "colour": ["What is the colour of {s}?", "Which colour is {s}?", "Please name the colour of {s}.",
+               "Tell me the colour of {s}.", "Can you name the colour of {s}?", "Do you know the colour of {s}?"],
+    "sound": ["What is the sound of {s}?", "Which sound comes from {s}?", "Please make the sound of {s}.",
+              "Tell me the sound of {s}.", "Can you make the sound of {s}?", "Do you know the sound of {s}?"],
+}
+STATE = {                                    # how a right answer may be put, besides "{v}." and "It is {v}."
+    "sum": "{a} plus {b} is {v}.", "capital": "The capital of {s} is {v}.", "opposite": "The opposite of {s} is {v}.",
+    "colour": "The colour of {s} is {v}.", "sound": "The sound of {s} is {v}.",
+}
+OPENERS = ["Good question!", "Happy to help!", "Of course, my friend!", "Sure, with pleasure!"]
+CLOSERS = ["Have a nice day!", "I hope this helps!", "Ask me more any time!", "You are welcome!"]
+UNSURE = ["I do not know.", "I am not sure.", "Sorry, I do not know."]
+RUDE = ["Go away.", "That is a silly question.", "Find out yourself.", "Leave me alone."]
+
+WORTH = {"friendly": 1.0, "curt": 0.6, "unsure": 0.2, "wrong": 0.1, "rude": 0.0, "empty": 0.0}
+SHARES = {"friendly": 0.25, "curt": 0.25, "unsure": 0.2, "wrong": 0.2, "rude": 0.1}       # of the demonstrations
+COMPARED = [*combinations(WORTH, 2), *[("friendly", "curt"), ("friendly", "wrong"), ("curt", "wrong")] * 3,
+            ("friendly", "empty"), ("curt", "empty"), ("friendly", "empty")]
+COMPARED.remove(("rude", "empty"))           # neither is better
+ALIKE = 0.7                                  # share of the pairs with a wrong answer that differ in the value alone
+NOISE = 0.05                                 # share of the pairs that stand the wrong way round
+
+FACTS = [(kind, subject, value) for kind, facts in KINDS.items() for subject, value in facts.items()]
+
+
+def put(template, kind, subject, value=""):
+    """A template with its subject, and its value, in place; a sentence begins with a capital."""
+    a, _, b = subject.partition(" ")
+    text = template.format(a=a, b=b, s=subject, v=value)
+    return text[:1].upper() + text[1:]
+
+
+def questions(fact, held_out=False):
+    """The phrasings of a fact's question: those that are trained on, or the one that is held out."""
+    kind, subject, _ = fact
+    return [put(ask, kind, subject) for ask in (ASK[kind][-1:] if held_out else ASK[kind][:-1])]
+
+
+def statements(kind, subject, value):
+    return [put(state, kind, subject, value) for state in ("{v}.", "It is {v}.", STATE[kind])]
+
+
+def mistakes(kind, value):
+    """What people say who are wrong about this value: any other of its kind."""
+    return sorted(set(KINDS[kind].values()) - {value})
+
+
+def word(rng, kind, subject, value, friendly):
+    """An answer with this value, in words of chance."""
+    said = rng.choice(statements(kind, subject, value))
+    opener, closer = rng.choice(OPENERS), rng.choice(CLOSERS)
+    return rng.choice([f"{opener} {said}", f"{said} {closer}", f"{opener} {said} {closer}"]) if friendly else said
+
+
+def answer(rng, fact, quality):
+    """An answer of this quality. A wrong one may be friendly or curt: a kind word alone tells nothing."""
+    kind, subject, value = fact
+    if quality in ("unsure", "rude"):
+        return rng.choice(UNSURE if quality == "unsure" else RUDE)
+    if quality == "empty":
+        return " ".join(rng.choice(OPENERS + CLOSERS) for _ in range(rng.randint(1, 4)))
+    if quality == "wrong":
+        return word(rng, kind, subject, rng.choice(mistakes(kind, value)), rng.random() < 0.5)
+    return word(rng, kind, subject, value, quality == "friendly")
+
+
+# ------------------------------------------------------------------------------------------------ texts and files
+def pretraining_texts(rng):
+    """One pass over the world in prose: what is so, and people who ask each other and answer rightly, in no template.
+    Here the held-out phrasings occur too."""
+    texts = [put(STATE[kind], kind, subject, value) for kind, subject, value in FACTS]
+    texts += [f"{rng.choice(['Tom', 'Anna'])} said: {text}" for text in UNSURE + RUDE + OPENERS + CLOSERS] * 5
+    for fact in FACTS:
+        for question in questions(fact) + questions(fact, held_out=True):
+            style = rng.choice(["Q: {} A: {}", "Tom asked: {} Anna said: {}", "{} {}"])
+            texts.append(style.format(question, answer(rng, fact, rng.choice(["friendly", "curt", "curt"]))))
+    rng.shuffle(texts)
+    return texts
+
+
+def demonstrations(rng, held_out=False, copies=6):
+    """Answers of mixed quality, so that a model learns to answer, but not to answer well."""
+    return [{"instruction": question, "output": answer(rng, fact, rng.choices(list(SHARES), SHARES.values())[0])}
+            for fact in FACTS for question in questions(fact, held_out) for _ in range(copies)]
+
+
+def preferences(rng, held_out=False, copies=12):
+    """The better answer over the worse, but for a share of NOISE that stands the wrong way round."""
+    rows = []
+    for fact in FACTS:
+        for question in questions(fact, held_out):
+            for _ in range(copies):
+                better, worse = sorted(rng.choice(COMPARED), key=WORTH.get, reverse=True)
+                both = [answer(rng, fact, quality) for quality in (better, worse)]
+                if worse == "wrong" and rng.random() < ALIKE:
+                    (kind, subject, value), words = fact, rng.random()
+                    both = [word(random.Random(words), kind, subject, v, better == "friendly")
+                            for v in (value, rng.choice(mistakes(kind, value)))]
+                chosen, rejected = both[::-1 if rng.random() < NOISE else 1]
+                rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def prompts(rng, held_out=False):
+    return [{"prompt": question} for fact in FACTS for question in questions(fact, held_out)]
+
+
+def write_files(folder, seed):
+    """demonstrations, preferences and prompts, each with its held-out file, as JSON lines."""
+    rng = random.Random(seed)
+    for name, make in (("demonstrations", demonstrations), ("preferences", preferences), ("prompts", prompts)):
+        for end, held_out in ((".jsonl", False), ("-held-out.jsonl", True)):
+            rows = make(rng, held_out)
+            rng.shuffle(rows)
+            (Path(folder) / (name + end)).write_text("".join(json.dumps(row) + "\n" for row in rows))
