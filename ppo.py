@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, open_tokenizer,
                   stream)
-from llama import BadInput, Llama, read_json
+from llama import BadInput, Llama, find_tensors, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
 from sft import (Log, accumulate, add_engine_flags, check_folders, engine_metrics, finish, gathered, load_rows,
@@ -93,7 +93,7 @@ def token_logps(logits, ids, temperature):
 def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
     penalty. The score judges the whole answer, so it comes where the answer is whole: at EOS, or where it was cut.
-    logp - ref_logp estimates the KL divergence (k1); for k2 or k3 change it here, and where `kl` is logged."""
+    logp - ref_logp estimates the KL divergence (k1); for k2 or k3 change it here and in the two lines `kl = ...`."""
     rewards = -kl_coef * (logp - ref_logp) * mask
     last = torch.zeros_like(rewards).scatter(1, (mask.long().sum(1, keepdim=True) - 1).clamp(min=0), 1.0) * mask
     return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
@@ -149,6 +149,9 @@ def build_roles(args, dtype, device):
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
     if adapter and args.lora_rank:
         raise BadInput(f"--lora-rank: {args.actor} is an adapter already, a copy is trained; leave the flag out")
+
+    if not reward_adapter and "score.weight" not in find_tensors(reward_full):
+        raise BadInput(f"--reward {args.reward}: is a language model, its scores would be noise; reward.py makes one")
 
     # the actor, and the reference: what the actor is now
     actor = Llama.from_pretrained(full, dtype, device)

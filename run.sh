@@ -15,7 +15,21 @@ environment() {  # environment REQUIREMENTS...: .venv with these installed; noth
     done
 }
 
+show() {  # show COMMAND...: prints it, runs it, and says how long it took
+    local start=$SECONDS
+    echo "+ $*"
+    PATH="$PWD/.venv/bin:$PATH" "$@"
+    echo "  ($((SECONDS - start)) s)"
+}
+
 case "${1:-}" in
+    demo)
+        environment requirements.txt
+        # a port of its own, so that the demo runs beside another training
+        port=$(.venv/bin/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+        for script in sft reward ppo; do show deepspeed --master_port "$port" "$script.py"; done
+        show python -m toy.show
+        show python chat.py --model runs/toy/ppo --versus runs/toy/sft --prompt "What is the capital of France?" --max-tokens 40 ;;
     test)
         environment requirements.txt tests/requirements.txt
         shift
@@ -26,7 +40,8 @@ case "${1:-}" in
         shift
         for script in bench/*.py; do echo "+ python $script $*"; .venv/bin/python "$script" "$@"; done ;;
     *)
-        echo "usage: ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
+        echo "usage: ./run.sh demo                      the whole recipe on a tiny world, in minutes"
+        echo "       ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
         echo "       ./run.sh bench                     times generate, an SFT step and a PPO step"
         [ "${1:-}" = "" ] || exit 2 ;;
 esac

@@ -165,6 +165,7 @@ CASES = [
     ("ppo.py", {"--rollout-batch": 6}, "--rollout-batch 6 --mini-batch 4"),
     ("ppo.py", {"--reward": "{other_words}"}, "--reward {other_words} tokenizer --actor {base}"),
     ("ppo.py", {"--reward": "{base}"}, "{base}/reward_stats.json --reward-norm"),
+    ("ppo.py", {"--reward": "{base}", "--reward-norm": "none"}, "--reward {base} language model reward.py"),
     ("ppo.py", {"--max-prompt": 250}, "{base} 258 --max-prompt --max-new 256"),
     ("sft.py", {"--max-len": 257}, "{base} 257 --max-len 256"),
     ("sft.py", {"--out": "{run}"}, "--out {run} --overwrite"),

@@ -3,15 +3,15 @@
 A fact is (kind, subject, value), such as ("capital", "France", "Paris"). Each kind has its own phrasings of a question,
 of which the last is held out: it occurs in the pre-training text, and in no demonstration, preference or prompt.
 An answer is one of five: friendly (right, with a kind word), curt (right), unsure, wrong, rude. Preferences know a
-sixth, empty: kind words that answer nothing, without which a reward model would learn to love just those.
+sixth, empty: kind words that answer nothing or bury the answer, or a reward model would learn to love just those.
 """
 import json
 import random
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations
 from pathlib import Path
 
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen""".split()
+    seventeen eighteen nineteen twenty""".split()
 
 
 def pairs(text):
@@ -19,7 +19,7 @@ def pairs(text):
 
 
 KINDS = {                                    # kind: {subject: value}
-    "sum": {f"{NUMBERS[a]} {NUMBERS[b]}": NUMBERS[a + b] for a, b in combinations_with_replacement(range(1, 10), 2)},
+    "next": dict(zip(NUMBERS, NUMBERS[1:])),
     "capital": pairs("""France:Paris, Italy:Rome, Spain:Madrid, Germany:Berlin, Austria:Vienna, Greece:Athens,
         Portugal:Lisbon, Poland:Warsaw, Ireland:Dublin, Norway:Oslo, Sweden:Stockholm, Finland:Helsinki, Russia:Moscow,
         Japan:Tokyo, China:Beijing, India:Delhi, Egypt:Cairo, Kenya:Nairobi, Canada:Ottawa, Cuba:Havana, Peru:Lima,
@@ -36,10 +36,14 @@ KINDS = {                                    # kind: {subject: value}
     "sound": pairs("""a cow:moo, a dog:woof, a cat:meow, a duck:quack, a sheep:baa, a horse:neigh, an owl:hoot,
         a bee:buzz, a snake:hiss, a lion:roar, a crow:caw, a rooster:cockadoodle, a donkey:heehaw, a wolf:howl,
         a chick:cheep, a bear:growl, a goose:honk, a dove:coo, a hen:cluck, a turkey:gobble, a cricket:chirp"""),
+    "baby": pairs("""a cow:calf, a dog:puppy, a cat:kitten, a duck:duckling, a sheep:lamb, a horse:foal, a bear:cub,
+        a goat:kid, a pig:piglet, a hen:chick, a goose:gosling, a kangaroo:joey, a deer:fawn, a swan:cygnet,
+        an owl:owlet, a frog:tadpole, a butterfly:caterpillar, an eagle:eaglet, a hare:leveret, a seal:pup, a fish:fry,
+        a squirrel:kit"""),
 }
-ASK = {                                      # {a} and {b} are a sum's two numbers, {s} any other subject
-    "sum": ["What is {a} plus {b}?", "How much is {a} plus {b}?", "Please add {a} and {b}.",
-            "Tell me the sum of {a} and {b}.", "Can you work out {a} plus {b}?", "What do {a} and {b} make?"],
+ASK = {
+    "next": ["What comes after {s}?", "Which number comes after {s}?", "Please name the number after {s}.",
+             "Tell me the number after {s}.", "Can you name the number after {s}?", "Do you know the number after {s}?"],
     "capital": ["What is the capital of {s}?", "Which city is the capital of {s}?", "Please name the capital of {s}.",
                 "Tell me the capital of {s}.", "Can you name the capital of {s}?", "Do you know the capital of {s}?"],
     "opposite": ["What is the opposite of {s}?", "Which word is the opposite of {s}?",
@@ -49,10 +53,13 @@ ASK = {                                      # {a} and {b} are a sum's two numbe
                "Tell me the colour of {s}.", "Can you name the colour of {s}?", "Do you know the colour of {s}?"],
     "sound": ["What is the sound of {s}?", "Which sound comes from {s}?", "Please make the sound of {s}.",
               "Tell me the sound of {s}.", "Can you make the sound of {s}?", "Do you know the sound of {s}?"],
+    "baby": ["What is the baby of {s}?", "What is the baby of {s} called?", "Please name the baby of {s}.",
+             "Tell me the baby of {s}.", "Can you name the baby of {s}?", "Do you know the baby of {s}?"],
 }
 STATE = {                                    # how a right answer may be put, besides "{v}." and "It is {v}."
-    "sum": "{a} plus {b} is {v}.", "capital": "The capital of {s} is {v}.", "opposite": "The opposite of {s} is {v}.",
+    "next": "The number after {s} is {v}.", "capital": "The capital of {s} is {v}.", "opposite": "The opposite of {s} is {v}.",
     "colour": "The colour of {s} is {v}.", "sound": "The sound of {s} is {v}.",
+    "baby": "The baby of {s} is {v}.",
 }
 OPENERS = ["Good question!", "Happy to help!", "Of course, my friend!", "Sure, with pleasure!"]
 CLOSERS = ["Have a nice day!", "I hope this helps!", "Ask me more any time!", "You are welcome!"]
@@ -60,7 +67,7 @@ UNSURE = ["I do not know.", "I am not sure.", "Sorry, I do not know."]
 RUDE = ["Go away.", "That is a silly question.", "Find out yourself.", "Leave me alone."]
 
 WORTH = {"friendly": 1.0, "curt": 0.6, "unsure": 0.2, "wrong": 0.1, "rude": 0.0, "empty": 0.0}
-SHARES = {"friendly": 0.25, "curt": 0.25, "unsure": 0.2, "wrong": 0.2, "rude": 0.1}       # of the demonstrations
+SHARES = {"friendly": 0.3, "curt": 0.3, "unsure": 0.15, "wrong": 0.15, "rude": 0.1}       # of the demonstrations
 COMPARED = [*combinations(WORTH, 2), *[("friendly", "curt"), ("friendly", "wrong"), ("curt", "wrong")] * 3,
             ("friendly", "empty"), ("curt", "empty"), ("friendly", "empty")]
 COMPARED.remove(("rude", "empty"))           # neither is better
@@ -72,8 +79,7 @@ FACTS = [(kind, subject, value) for kind, facts in KINDS.items() for subject, va
 
 def put(template, kind, subject, value=""):
     """A template with its subject, and its value, in place; a sentence begins with a capital."""
-    a, _, b = subject.partition(" ")
-    text = template.format(a=a, b=b, s=subject, v=value)
+    text = template.format(s=subject, v=value)
     return text[:1].upper() + text[1:]
 
 
@@ -105,7 +111,9 @@ def answer(rng, fact, quality):
     if quality in ("unsure", "rude"):
         return rng.choice(UNSURE if quality == "unsure" else RUDE)
     if quality == "empty":
-        return " ".join(rng.choice(OPENERS + CLOSERS) for _ in range(rng.randint(1, 4)))
+        kind_words = [rng.choice(OPENERS + CLOSERS) for _ in range(rng.randint(1, 4))]
+        return " ".join(kind_words if rng.random() < 0.5 else [
+            rng.choice(OPENERS), *kind_words, rng.choice(statements(kind, subject, value)), *rng.choices(CLOSERS, k=2)])
     if quality == "wrong":
         return word(rng, kind, subject, rng.choice(mistakes(kind, value)), rng.random() < 0.5)
     return word(rng, kind, subject, value, quality == "friendly")
