@@ -35,7 +35,8 @@ def base_answers(prompts):
 
 def columns(*cells):
     """Prints cells side by side, each wrapped to WIDTH."""
-    wrapped = [textwrap.wrap(" ".join(cell.split()), WIDTH) or [""] for cell in cells]
+    printable = ["".join(c for c in " ".join(cell.split()) if c.isprintable()) for cell in cells]     # no controls
+    wrapped = [textwrap.wrap(cell, WIDTH) or [""] for cell in printable]
     for n in range(max(map(len, wrapped))):
         print(" | ".join((lines[n] if n < len(lines) else "").ljust(WIDTH) for lines in wrapped).rstrip())
     print("-+-".join("-" * WIDTH for _ in cells))
