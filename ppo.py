@@ -81,7 +81,8 @@ def get_args():
     return parse(parser, "actor", "reward", "data", "out")
 
 CURVES = {"score (standard deviations)": ["score", "eval_score"], "gold (true worth of held-out answers)": ["gold"],
-          "KL to the reference (nats per answer)": ["kl", "eval_kl"], "length (tokens per answer)": ["length", "eval_length"],
+          "KL to the reference (nats per answer)": ["kl", "eval_kl"],
+          "length (tokens per answer)": ["length", "eval_length"],
           "answers that end (share)": ["eos_share", "eval_eos_share"], "entropy (nats per token)": ["entropy"]}
 
 # ------------------------------------------------------------------------------------------------ the mathematics
@@ -416,7 +417,7 @@ def main():
 
         # 6. log, now and then answer held-out prompts
         measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micros and ranks
-        first_ratio = float(measured[:accumulation, 3].sum())      # of the first mini-batch alone
+        first_ratio = float(measured[:accumulation, 3].sum())      # column 3, of the first mini-batch alone
         value, policy, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
             *(measured.sum(0) / n_updates).tolist(), first_ratio)
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
@@ -431,13 +432,13 @@ def main():
         if step % args.eval_every == 0 or step == steps:
             answer_held_out(roles, held_out, args, tokenizer, stats, gold, step, log)
 
-    log.close()
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
     save(actor, args.out, rank, folder, actor_name, base)
     if args.save_critic:
         save(critic, Path(args.out) / "critic", rank, folder, critic_name, reward_base)
     if args.ema:
         save(actor, Path(args.out) / "ema", rank, folder, actor_name, base, average)
+    log.close()
     finish()
 
 if __name__ == "__main__":

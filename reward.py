@@ -187,11 +187,11 @@ def main():
             log.line(step=step, **stats)
 
     # 5. the folder, with the statistics
-    log.close()
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     if rank == 0:
         stats = {"mean": stats["mean"], "std": stats["std"], "n": len(held_out), "accuracy": stats["accuracy"]}
         (Path(args.out) / "reward_stats.json").write_text(json.dumps(stats) + "\n")
+    log.close()
     finish()
 
 if __name__ == "__main__":

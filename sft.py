@@ -131,8 +131,8 @@ def main():
             log.line(step=step, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
 
     # 5. the folder
-    log.close()
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
+    log.close()
     finish()
 
 # ------------------------------------------------------------------------------------------------ for all trainers
@@ -277,7 +277,8 @@ def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
     return train, held_out
 
-WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json"]
+WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json",
+           "curves.png"]
 
 def check_folders(args, adapter, *folders):
     """BadInput where --out is a folder that is read, or holds another run, or where --lora-rank asks for an adapter
@@ -363,10 +364,11 @@ class Log:
 
     def draw(self):
         """curves.png: a panel for each of curves {title: metrics}, a smooth line over raw points."""
+        self.drawn = time.perf_counter()
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return say("no curves.png: matplotlib is not installed")
+            return
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         known = {key for line in lines for key in line}
         panels = {title: shown for title, keys in self.curves.items() if (shown := [k for k in keys if k in known])}
@@ -384,13 +386,15 @@ class Log:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(self.out / "curves.png")
-        self.drawn = time.perf_counter()
 
     def close(self):
+        """After the model is saved: no picture is worth losing one."""
         self.bar.close()
         if self.file:
-            self.draw()
             self.file.close()
+            self.draw()
+            if not (self.out / "curves.png").exists():
+                say("no curves.png: matplotlib is not installed")
 
 def gathered(model):
     """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds them whole."""

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,3 +166,15 @@ def test_a_trainer_reads_the_flags_of_a_file_and_draws_its_curves(made, tmp_path
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(tmp_path / "out")] == [0, 1, 2, 3, 4, 4]
     assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_a_log_says_so_once_and_no_old_picture_stays(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(sft, "say", said.append)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)    # import raises, as where it is not installed
+    log = sft.Log(SimpleNamespace(out=tmp_path, log_every=1), 2, 0, sft.CURVES)
+    log.drawn = -1e9                         # long ago: time to draw
+    log.line(step=1, loss=2.0)
+    log.close()
+    assert [line for line in said if "matplotlib" in line] == ["no curves.png: matplotlib is not installed"]
+    assert "curves.png" in sft.WRITTEN       # what a new run takes away before it starts
