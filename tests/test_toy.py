@@ -45,7 +45,7 @@ def test_held_out_phrasings_occur_in_pretraining_and_in_nothing_that_is_trained_
     ("I do not know.", 0.2), ("Happy to help! I do not know.", 0.2), ("It is Rome.", 0.1), ("Rome. You are welcome!", 0.1),
     ("Go away.", 0), ("It is Paris. Go away.", 0), ("", 0), ("Paris", 0), ("Happy to help! Have a nice day!", 0),
     ("Paris. Rome.", 0), ("It is Paris. It is Paris.", 0), ("Good question! Good question! Paris.", 0),
-    ("Good question! Happy to help! Paris. Have a nice day!", 0), ("The capital of Italy is Rome.", 0), ("It is blue.", 0),
+    ("Good question! Happy to help! Paris. Have a nice day!", 0), ("The capital of Italy is Rome.", 0), ("It is blue.", 0.1), ("Frog.", 0),
 ])
 def test_gold_of_worked_examples(said, worth):
     assert gold("What is the capital of France?", said) == worth

@@ -33,20 +33,21 @@ def prepare(rank, *paths):
         make()
 
 
-def make(seed=1234):
-    """Makes toy/made where it is missing: whole, or not at all."""
+def make(seed=1234, made=None):
+    """Makes the folder (by default toy/made) where it is missing: whole, or not at all."""
     from toy.base import make_base
     from toy.world import write_files
-    if MADE.exists():
+    made = Path(made or MADE)
+    if made.exists():
         return
-    print(f"making the toy's world and base model in {MADE}", flush=True)
-    unfinished = HERE / f"made.{os.getpid()}"
+    print(f"making the toy's world and base model in {made}", flush=True)
+    unfinished = made.with_name(f"{made.name}.{os.getpid()}")
     try:
         make_base(unfinished / "base", seed)
         write_files(unfinished, seed)
-        unfinished.rename(MADE)
+        unfinished.rename(made)
     except OSError as error:
-        raise BadInput(f"{MADE}: cannot be made ({error.strerror})") from None
+        raise BadInput(f"{made}: cannot be made ({error.strerror})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

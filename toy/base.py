@@ -15,7 +15,7 @@ from data import Tokenizer, batches, collate_sft
 from llama import Llama, LlamaConfig, copy_tokenizer
 from toy.world import pretraining_texts
 
-STEPS, BATCH, LR = 700, 64, 3e-3
+STEPS, BATCH, LR = 2600, 32, 3e-3
 
 
 def make_tokenizer(folder, rng):
@@ -45,8 +45,8 @@ def make_base(folder, seed):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder, rng)
     model = Llama(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=344,
-                              num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+                              num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min(1, (n + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * n / STEPS)))
     bar = tqdm(range(STEPS), desc="pre-training the toy's base model", unit="step", dynamic_ncols=True, disable=None)
@@ -56,6 +56,7 @@ def make_base(folder, seed):
         loss = F.cross_entropy(model(ids, mask)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")

@@ -5,7 +5,7 @@ each said once, with one statement at most; anything else (babble, a kind word t
 """
 import re
 
-from toy.world import CLOSERS, FACTS, KINDS, OPENERS, UNSURE, WORTH, questions, statements
+from toy.world import CLOSERS, FACTS, OPENERS, UNSURE, WORTH, questions, statements
 
 FACT_OF = {question: fact for fact in FACTS for held_out in (False, True) for question in questions(fact, held_out)}
 
@@ -22,5 +22,5 @@ def gold(prompt, answer):
         return WORTH["friendly" if len(sentences) > 1 else "curt"]
     if stated[0] in UNSURE:
         return WORTH["unsure"]
-    wrong = (s for other in set(KINDS[kind].values()) for s in statements(kind, subject, other))
+    wrong = (s for _, _, other in FACTS for s in statements(kind, subject, other))
     return WORTH["wrong"] if stated[0] in wrong else 0.0

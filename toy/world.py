@@ -67,7 +67,7 @@ UNSURE = ["I do not know.", "I am not sure.", "Sorry, I do not know."]
 RUDE = ["Go away.", "That is a silly question.", "Find out yourself.", "Leave me alone."]
 
 WORTH = {"friendly": 1.0, "curt": 0.6, "unsure": 0.2, "wrong": 0.1, "rude": 0.0, "empty": 0.0}
-SHARES = {"friendly": 0.3, "curt": 0.3, "unsure": 0.15, "wrong": 0.15, "rude": 0.1}       # of the demonstrations
+SHARES = {"friendly": 0.3, "curt": 0.3, "unsure": 0.2, "wrong": 0.08, "rude": 0.12}       # of the demonstrations
 COMPARED = [*combinations(WORTH, 2), *[("friendly", "curt"), ("friendly", "wrong"), ("curt", "wrong")] * 3,
             ("friendly", "empty"), ("curt", "empty"), ("friendly", "empty")]
 COMPARED.remove(("rude", "empty"))           # neither is better
@@ -93,9 +93,10 @@ def statements(kind, subject, value):
     return [put(state, kind, subject, value) for state in ("{v}.", "It is {v}.", STATE[kind])]
 
 
-def mistakes(kind, value):
-    """What people say who are wrong about this value: any other of its kind."""
-    return sorted(set(KINDS[kind].values()) - {value})
+def mistake(rng, kind, value):
+    """What somebody says who is wrong about this value: most often another of its kind, now and then any other."""
+    kinds = [kind] if rng.random() < 0.8 else KINDS
+    return rng.choice(sorted({v for k in kinds for v in KINDS[k].values()} - {value}))
 
 
 def word(rng, kind, subject, value, friendly):
@@ -115,7 +116,7 @@ def answer(rng, fact, quality):
         return " ".join(kind_words if rng.random() < 0.5 else [
             rng.choice(OPENERS), *kind_words, rng.choice(statements(kind, subject, value)), *rng.choices(CLOSERS, k=2)])
     if quality == "wrong":
-        return word(rng, kind, subject, rng.choice(mistakes(kind, value)), rng.random() < 0.5)
+        return word(rng, kind, subject, mistake(rng, kind, value), rng.random() < 0.5)
     return word(rng, kind, subject, value, quality == "friendly")
 
 
@@ -150,7 +151,7 @@ def preferences(rng, held_out=False, copies=12):
                 if worse == "wrong" and rng.random() < ALIKE:
                     (kind, subject, value), words = fact, rng.random()
                     both = [word(random.Random(words), kind, subject, v, better == "friendly")
-                            for v in (value, rng.choice(mistakes(kind, value)))]
+                            for v in (value, mistake(rng, kind, value))]
                 chosen, rejected = both[::-1 if rng.random() < NOISE else 1]
                 rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
     return rows
