@@ -30,6 +30,14 @@ case "${1:-}" in
         for script in sft reward ppo; do show deepspeed --master_port "$port" "$script.py"; done
         show python -m toy.show
         show python chat.py --model runs/toy/ppo --versus runs/toy/sft --prompt "What is the capital of France?" --max-tokens 40 ;;
+    hacking)
+        environment requirements.txt
+        [ -d runs/toy/sft ] || show deepspeed sft.py
+        show python -m toy.hacking ;;
+    seeds)
+        environment requirements.txt
+        show python -m toy.seeds 1 2 3 4 5
+        show python -m toy.seeds --lora 1 2 3 ;;
     test)
         environment requirements.txt tests/requirements.txt
         shift
@@ -41,6 +49,8 @@ case "${1:-}" in
         for script in bench/*.py; do echo "+ python $script $*"; .venv/bin/python "$script" "$@"; done ;;
     *)
         echo "usage: ./run.sh demo                      the whole recipe on a tiny world, in minutes"
+        echo "       ./run.sh hacking                   PPO with and without the KL term against a poor reward model, in a picture"
+        echo "       ./run.sh seeds                     the whole recipe for five seeds, and with LoRA for three; most of an hour"
         echo "       ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
         echo "       ./run.sh bench                     times generate, an SFT step and a PPO step"
         [ "${1:-}" = "" ] || exit 2 ;;

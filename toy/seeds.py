@@ -12,9 +12,8 @@ from pathlib import Path
 import toy
 from llama import BadInput
 
-LAYERS = "--lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-LORA = {"sft": f"--lora-rank 32 --lora-alpha 64 {LAYERS} --lr 3e-3",
-        "reward": f"--lora-rank 32 --lora-alpha 64 {LAYERS} --lr 3e-3", "ppo": "--actor-lr 1e-3"}
+ADAPTER = "--lora-rank 64 --lora-alpha 128 --lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+LORA = {"sft": f"{ADAPTER} --lr 3e-3", "reward": f"{ADAPTER} --lr 2e-3", "ppo": f"{ADAPTER} --actor-lr 1e-3"}
 HEADER = ("seed", "weights", "SFT gold", "reward accuracy", "RLHF gold", "KL, nats")
 
 
@@ -38,15 +37,18 @@ def recipe(seed, lora):
     runs = world / ("lora" if lora else "full")
     runs.mkdir(parents=True, exist_ok=True)
     toy.make(seed, world / "made")
-    base, made = world / "made" / "base", world / "made"
+    made = world / "made"
 
     def files(name):
         return {"data": made / f"{name}.jsonl", "eval-data": made / f"{name}-held-out.jsonl"}
 
-    step("sft", seed, runs, model=base, **files("demonstrations"))
-    # an adapter of the reward model's lies beside the actor's, on the base that both share
-    pairs = step("reward", seed, runs, model=base if lora else runs / "sft", **files("preferences"))
-    answers = step("ppo", seed, runs, actor=runs / "sft", reward=runs / "reward", **files("prompts"))
+    step("sft", seed, runs, model=made / "base", **files("demonstrations"))
+    learned = runs / "sft"
+    if lora:                                 # merged, it is the one base of the reward model's adapter and PPO's
+        learned = runs / "merged"
+        subprocess.run([sys.executable, "lora.py", runs / "sft", "--out", learned], check=True, stdout=subprocess.DEVNULL)
+    pairs = step("reward", seed, runs, model=learned, **files("preferences"))
+    answers = step("ppo", seed, runs, actor=learned, reward=runs / "reward", **files("prompts"))
     asked = [line for line in answers if "gold" in line]
     accuracy = [line["accuracy"] for line in pairs if "accuracy" in line][-1]
     return asked[0]["gold"], accuracy, asked[-1]["gold"], asked[-1]["eval_kl"]
