@@ -51,8 +51,8 @@ def main():
     kinds = {}                               # questions of all kinds, in turn
     for i, prompt in enumerate(prompts):
         question = prompt.rpartition("Human:")[2].rpartition("Assistant:")[0].strip()
-        kinds.setdefault(FACT_OF[question][0], []).append((i, question))
-    for i, question in [q for turn in zip(*kinds.values()) for q in turn][:SHOWN]:
+        kinds.setdefault(FACT_OF[question][0], {}).setdefault(question, i)   # its first answer of four
+    for question, i in [q for turn in zip(*(asked.items() for asked in kinds.values())) for q in turn][:SHOWN]:
         said = [base[i], before[i]["response"], after[i]["response"]]
         columns(question, *(f"{text} [{gold(question, text):.1f}]" for text in said))
 

@@ -158,7 +158,8 @@ def preferences(rng, held_out=False, copies=12):
 
 
 def prompts(rng, held_out=False):
-    return [{"prompt": question} for fact in FACTS for question in questions(fact, held_out)]
+    """Every question; a held-out one four times, for one answer at temperature 1 says little of a model."""
+    return [{"prompt": question} for fact in FACTS for question in questions(fact, held_out) * (4 if held_out else 1)]
 
 
 def write_files(folder, seed):
