@@ -1,9 +1,12 @@
 """The toy world: its files, its true worth of an answer, and the flags a script takes where it is given none."""
+import json
+import os
 import random
 import re
 import shlex
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,8 @@ import reward
 import sft
 import toy
 import toy.base
+import toy.hacking
+import toy.seeds
 from conftest import REPO, metrics, run_script
 from data import Tokenizer, encode_pair, encode_prompt, encode_sft, read_records
 from llama import BadInput, Llama
@@ -178,3 +183,40 @@ def test_without_matplotlib_a_log_says_so_once_and_no_old_picture_stays(monkeypa
     log.close()
     assert [line for line in said if "matplotlib" in line] == ["no curves.png: matplotlib is not installed"]
     assert "curves.png" in sft.WRITTEN       # what a new run takes away before it starts
+
+
+# ------------------------------------------------------------------------------------------------ seeds and hacking
+@pytest.mark.slow
+def test_the_recipe_of_a_seed_runs_with_adapters_on_one_base(monkeypatch, tmp_path):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(toy.base, "STEPS", 2)
+    monkeypatch.setattr(toy.seeds, "RUNS", tmp_path)
+    monkeypatch.setattr(toy.seeds, "LORA", {k: f"{v} --steps 1" for k, v in toy.seeds.LORA.items()})
+    sft_gold, accuracy, rlhf_gold, kl = toy.seeds.recipe(7, lora=True)
+    assert 0 <= sft_gold < 0.1 and 0 <= rlhf_gold < 0.1 and 0.3 < accuracy < 0.7 and 0 < abs(kl) < 1
+    runs = tmp_path / "7" / "lora"
+    assert (runs / "merged" / "model.safetensors").exists()
+    base = {json.loads((runs / run / "adapter_config.json").read_text())["base_model_name_or_path"]
+            for run in ("reward", "ppo")}
+    assert len(base) == 1 and base.pop().endswith("merged")
+
+
+def test_a_failed_step_of_a_seed_names_its_log(monkeypatch, tmp_path):
+    monkeypatch.setattr(toy.seeds.subprocess, "run", lambda *words, **how: SimpleNamespace(returncode=1))
+    with pytest.raises(BadInput, match="failed, see .*sft.log"):
+        toy.seeds.step("sft", 1, tmp_path)
+
+
+def test_the_most_fooling_answers_are_worthless_and_no_two_alike():
+    rows = [{"prompt": prompt, "response": response, "score": score, "gold": gold} for prompt, response, score, gold in
+            [("a", "one", 1.0, 0.0), ("a", "two", 3.0, 0.1), ("b", "two", 2.5, 0.1), ("c", "right", 9.0, 1.0),
+             ("b", "three", 2.0, 0.0), ("d", "four", -1.0, 0.0)]]
+    assert [row["response"] for row in toy.hacking.most_fooling(rows)] == ["two", "three", "four"]
+    assert [row["response"] for row in toy.hacking.most_fooling(rows, n=1)] == ["two"]
+
+
+def test_the_picture_of_hacking_is_drawn(tmp_path):
+    points = [{"eval_kl": kl, "eval_score": 1.0, "gold": 0.5} for kl in (-1e-7, 3.0, 60.0)]
+    toy.hacking.draw({"beta": points[:2], "none": points}, tmp_path / "hacking.png")
+    assert (tmp_path / "hacking.png").read_bytes()[:4] == b"\x89PNG"

@@ -22,16 +22,31 @@ BETA = {"no KL term (beta = 0)": "0", "the demo's beta": None}
 
 
 def draw(lines, path):
-    """Score and gold against KL, both runs in each panel; the steps go along the lines."""
+    """Score and gold against KL (its root is what the axis spaces evenly, as in the paper), both runs in each panel."""
     figure = Figure((10, 4), dpi=110, layout="constrained")
+    most = max(p["eval_kl"] for points in lines.values() for p in points)
     for n, (key, title) in enumerate([("eval_score", "what is optimised: score (standard deviations)"),
                                       ("gold", "what is wanted: gold (true worth, 0 to 1)")], 1):
         axes = figure.add_subplot(1, 2, n, title=title, xlabel="KL to the reference (nats per answer)")
         for name, points in lines.items():
             axes.plot([p["eval_kl"] for p in points], [p[key] for p in points], ".-", label=name)
+        axes.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root ** 2))
+        axes.set_xticks([root ** 2 for root in range(2 + int(most ** 0.5))])
+        axes.set_xlim(0, most * 1.05)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path)
+
+
+def most_fooling(rows, n=6):
+    """The n rows of samples.jsonl that are worth nothing and score highest, no two of them to one question or alike."""
+    chosen = {}
+    for row in sorted(rows, key=lambda row: -row["score"]):
+        if row["gold"] <= 0.1 and row["prompt"] not in chosen and row["response"] not in chosen.values():
+            chosen[row["prompt"]] = row["response"]
+            yield row
+        if len(chosen) == n:
+            return
 
 
 def main():
@@ -52,8 +67,7 @@ def main():
                   f"KL {p['eval_kl']:6.1f} nats", flush=True)
         if beta:
             rows = [json.loads(line) for line in (RUNS / "ppo" / "samples.jsonl").read_text().splitlines()]
-            rows = [row for row in rows if row["step"] == last["step"] and row["gold"] <= 0.1]
-            fooled = sorted(rows, key=lambda row: -row["score"])[:6]
+            fooled = list(most_fooling(row for row in rows if row["step"] == last["step"]))
     if fooled:
         print("\nanswers that fooled the reward model, at the end of the run without the KL term:")
     for row in fooled:

@@ -14,6 +14,7 @@ from llama import BadInput
 
 ADAPTER = "--lora-rank 64 --lora-alpha 128 --lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 LORA = {"sft": f"{ADAPTER} --lr 3e-3", "reward": f"{ADAPTER} --lr 2e-3", "ppo": f"{ADAPTER} --actor-lr 1e-3"}
+RUNS = Path("runs/seeds")
 HEADER = ("seed", "weights", "SFT gold", "reward accuracy", "RLHF gold", "KL, nats")
 
 
@@ -33,7 +34,7 @@ def step(script, seed, runs, **flags):
 
 def recipe(seed, lora):
     """(SFT gold, reward accuracy, RLHF gold, KL), each on held-out questions."""
-    world = Path("runs/seeds") / str(seed)
+    world = RUNS / str(seed)
     runs = world / ("lora" if lora else "full")
     runs.mkdir(parents=True, exist_ok=True)
     toy.make(seed, world / "made")
