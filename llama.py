@@ -11,6 +11,7 @@ V vocabulary, N chosen places. `mask` (B,T) says which ids are real; padding is 
     model = Llama.from_pretrained("some/llama/folder")
     response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)
 """
+import functools
 import json
 import math
 import pickle
@@ -145,17 +146,28 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class KVCache:
-    """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled."""
+    """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled. Where
+    `column` (1,), a tensor, is set, the newest id goes there and all of `length` is read: in a CUDA graph."""
     def __init__(self, config, batch, columns, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
+        self.length, self.column = 0, None
 
     def extend(self, layer, k, v):
         """Writes k, v (B,Hkv,T,D) behind what is there and returns everything so far, as views."""
-        keys, values = (x[layer, :, :, :self.length + k.shape[2]] for x in (self.keys, self.values))
-        keys[:, :, self.length:], values[:, :, self.length:] = k, v
+        if self.column is None:
+            keys, values = (x[layer, :, :, :self.length + k.shape[2]] for x in (self.keys, self.values))
+            keys[:, :, self.length:], values[:, :, self.length:] = k, v
+        else:
+            keys, values = (x[layer, :, :, :self.length] for x in (self.keys, self.values))
+            keys.index_copy_(2, self.column, k)
+            values.index_copy_(2, self.column, v)
         return keys, values
+
+    def keep(self, rows):
+        """Only these rows (n,) go on."""
+        self.keys = self.keys[:, rows]       # one after the other: the old one is gone before the next is made
+        self.values = self.values[:, rows]
 
 class Attention(nn.Module):
     def __init__(self, config, index):
@@ -213,14 +225,17 @@ class Transformer(nn.Module):
     def forward(self, ids, mask, cache=None):
         T, S, mask = ids.shape[1], mask.shape[1], mask.bool()
         x = self.embed_tokens(ids)                                                          # (B, T, C)
+        columns = torch.arange(S, device=ids.device)
+        newest = columns[S - T:] if cache is None or cache.column is None else cache.column # (T,)
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]                            # (B, T)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        columns = torch.arange(S, device=ids.device)
-        rows = columns[S - T:, None]
+        rows = newest[:, None]
         # a padded row may see itself, or its softmax over nothing would be NaN; nobody ever sees it
         allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
+        # added to the attention's logits; as numbers, or each layer would turn the truth values into them anew
+        allowed = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -math.inf)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # non-reentrant, so that gradients flow where the input needs none (only LoRA is trained)
@@ -231,12 +246,48 @@ class Transformer(nn.Module):
             cache.length = S
         return self.norm(x)
 
+class CapturedStep:
+    """A decoding step, step(ids, mask, cache), as a CUDA graph: one call starts the thousand kernels that Python would
+    take longer to start than the GPU to run. Its shapes are fixed, so attention reads the columns of a whole number of
+    `block`s, those not yet filled masked; a wider graph is captured when they are full."""
+    def __init__(self, step, stream, block=256):
+        self.step, self.stream, self.block, self.cache = step, stream, block, None
+
+    def __call__(self, ids, mask, cache, length):
+        """The step of ids (B,1), the newest of `length` columns, of which mask (B,S) and cache have room for more."""
+        width = min(-(-length // self.block) * self.block, mask.shape[1])
+        if cache is not self.cache or width != cache.length or len(ids) != len(self.ids):
+            self.cache, self.ids, self.mask = cache, ids.clone(), mask[:, :width]
+            cache.column, cache.length = torch.full((1,), length - 1, device=ids.device), width
+            self.capture()
+        self.ids.copy_(ids)
+        self.cache.column.fill_(length - 1)
+        self.graph.replay()
+        return self.out
+
+    def run(self):
+        return self.step(self.ids, self.mask, self.cache)
+
+    def capture(self):
+        """By PyTorch's recipe: warmed up on another stream, where libraries allocate what they need. That is the model's
+        own: cuBLAS keeps a workspace per stream, which a graph of another model would take away."""
+        self.graph = None                    # the one before frees its memory first
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.run()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: nccl's watchdog may ask about its events meanwhile
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.out = self.run()
+
 class Llama(nn.Module):
     """The language model: `model`, the transformer, and `lm_head`; the state-dict keys are Hugging Face's."""
     def __init__(self, config):
         super().__init__()
         self.config, self.model = config, Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stream = None                   # of its CUDA graphs
         self.n_words = config.vocab_size     # ids from here on are never sampled: set it to the tokenizer's size
         self.tie_weights()
 
@@ -250,6 +301,13 @@ class Llama(nn.Module):
         hidden = self.model(ids, mask)
         return self.lm_head(hidden if at is None else hidden[at])
 
+    def next_logits(self, ids, mask, cache, head=None):
+        """Float32 logits (B,V) of what follows ids (B,T), the newest of the mask's columns. head: lm_head's weight in
+        columns (C,V)."""
+        hidden = self.model(ids, mask, cache)[:, -1]
+        logits = self.lm_head(hidden) if head is None else thin_product(hidden, head)
+        return logits[:, :self.n_words].float()
+
     @torch.no_grad()
     def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
                uniforms=None, together=False):
@@ -262,16 +320,30 @@ class Llama(nn.Module):
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
         if uniforms is None and temperature > 0:
             uniforms = torch.rand(B, max_new_tokens, device=ids.device)
-        alive = torch.ones(B, dtype=torch.bool, device=ids.device)
+        if ids.is_cuda and self.stream is None:
+            self.stream = torch.cuda.Stream()
+        captured = CapturedStep(self.next_logits, self.stream) if ids.is_cuda and not together else None
+        # on a CPU the head, most of a small model, is read two to three times as fast from columns
+        in_columns = ids.device.type == "cpu" and type(self.lm_head) is Linear and not together
+        head = self.lm_head.weight.t().contiguous() if in_columns else None
+        rows = torch.arange(B, device=ids.device)                                   # those that are still computed
+        alive = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
-            hidden = self.model(ids, mask[:, :P + t], cache)[:, -1]                 # the prompt once, then one id
-            logits = self.lm_head(hidden)[:, :self.n_words].float()                 # (B, V)
-            new = alive * sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[:, t])
-            yield new
+            if captured and t:
+                logits = captured(ids, mask, cache, P + t)
+            else:
+                logits = self.next_logits(ids, mask[:, :P + t], cache, head)        # the prompt once, then one id
+            new = alive * sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[rows, t])
+            yield new.new_zeros(B).index_copy(0, rows, new)
             alive = alive if eos_id is None else alive & (new != eos_id)
-            if not any_alive(alive, together):
+            n_alive = int(alive.sum())
+            if not any_alive(n_alive, together):
                 return
             ids = new[:, None]
+            if 2 * n_alive <= len(rows):     # half have ended: the others go on alone (under `together` one stays)
+                keep = alive.nonzero().squeeze(1) if n_alive else rows[:1] * 0
+                rows, alive, ids, mask = (x[keep] for x in (rows, alive, ids, mask))
+                cache.keep(keep)
 
     def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
                  uniforms=None, together=False):
@@ -305,7 +377,7 @@ def sample(logits, temperature, top_k, top_p, uniforms):
     uniform. Exact, many times faster than torch.multinomial over 32,000 words, and no row depends on another."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if top_k > 0:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -319,12 +391,34 @@ def sample(logits, temperature, top_k, top_p, uniforms):
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)    # NaN
 
-def any_alive(alive, together):
+@functools.cache
+def onednn_is_float32():
+    """Whether PyTorch's "medium" precision, oneDNN on a CPU, keeps float32 here: one with matrix units for bfloat16
+    would use these. A product tells."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    a, b = torch.randn(2, 256, 512, generator=torch.Generator().manual_seed(0))
+    error = (F.linear(a, b) - F.linear(a.double(), b.double())).abs().max()
+    torch.set_float32_matmul_precision(before)
+    return bool(error < 1e-3)
+
+def thin_product(x, columns):
+    """x (n,C) of few rows times columns (C,V), by oneDNN: up to three times as fast as MKL. Only here, for what else a
+    network multiplies gains nothing, and PyTorch's fused attention is slower by oneDNN."""
+    before = torch.get_float32_matmul_precision()
+    if x.dtype == torch.float32 and onednn_is_float32():
+        torch.set_float32_matmul_precision("medium")
+    y = x @ columns
+    torch.set_float32_matmul_precision(before)
+    return y
+
+def any_alive(n_alive, together):
     """Whether a row is still going on, on this rank or (together) on any."""
-    flag = alive.any().int()
     if together and dist.is_initialized():
+        flag = torch.tensor(n_alive, device="cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        return bool(flag)
+    return n_alive > 0
 
 # ------------------------------------------------------------------------------------------------ folders
 SHARD_BYTES = 5 * 10**9

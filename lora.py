@@ -50,7 +50,7 @@ class LoRALinear(nn.Linear):
         if self.active is None:
             return y
         x = F.dropout(x, self.dropout[self.active], self.training)
-        return y + self.lora_B[self.active](self.lora_A[self.active](x)) * self.scale[self.active]
+        return y + self.lora_B[self.active](self.lora_A[self.active](x) * self.scale[self.active])
 
 # ------------------------------------------------------------------------------------------------ on a model
 def lora_layers(model):

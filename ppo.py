@@ -86,10 +86,15 @@ CURVES = {"score (standard deviations)": ["score", "eval_score"], "gold (true wo
           "answers that end (share)": ["eos_share", "eval_eos_share"], "entropy (nats per token)": ["entropy"]}
 
 # ------------------------------------------------------------------------------------------------ the mathematics
+def at_temperature(logits, temperature):
+    """Float32 logits divided by the temperature; at 1 without a pass over them."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
 def token_logps(logits, ids, temperature):
-    """log p of each id (...) under logits (...,V) at the sampling temperature, in float32."""
-    logits = logits.float() / temperature
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    """log p of each id (...) under logits (...,V) at the sampling temperature, in float32. The cross-entropy is one
+    pass forwards and one backwards; gather and logsumexp would take three times as long."""
+    logits = at_temperature(logits, temperature).flatten(0, -2)
+    return -F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
 
 def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
     """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
@@ -132,8 +137,9 @@ def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
     policy from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
     log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
-    logp = (logits.detach().float() / temperature).log_softmax(-1)
-    sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, -logp.exp() * logp)
+    logp = at_temperature(logits.detach(), temperature).log_softmax(-1)
+    entropy = -logp.exp().mul_(logp).sum(-1)
+    sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, entropy)
     return [x.sum() / total for x in sums]
 
 def explained_variance(values, returns, mask):
@@ -230,21 +236,32 @@ def rollout(roles, prompts, uniforms, args, tokenizer):
     response, response_mask = F.pad(response, grow), F.pad(response_mask, grow)         # (B, R), R of all ranks
     ids, mask = torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1)      # (B, T)
 
-    said = {"old_logp": [], "ref_logp": [], "values": [], "score": []}
-    for rows in torch.arange(share).split(args.micro_batch):
-        x = ids[rows], mask[rows]
+    batch = {"ids": ids, "mask": mask, "response_mask": response_mask}
+    batch |= {key: torch.zeros(response_mask.shape, device=ids.device) for key in ("old_logp", "ref_logp", "values")}
+    batch["score"] = torch.zeros(share, device=ids.device)
+    for rows in mask.sum(1).argsort().split(args.micro_batch):     # texts of like length, so that little is padding
+        mb, start = trim(batch, rows)
+        x, mb_mask = (mb["ids"], mb["mask"]), mb["response_mask"]
+        R = mb_mask.shape[1]
         for key, role in (("old_logp", "actor"), ("ref_logp", "ref")):
             use_adapter(*roles[role])
-            said[key].append(response_logps(roles[role][0], *x, response_mask[rows], args.temperature,
-                                            tokenizer.vocab_size)[0])
+            batch[key][rows, :R] = response_logps(roles[role][0], *x, mb_mask, args.temperature, tokenizer.vocab_size)[0]
         use_adapter(*roles["critic"])
-        said["values"].append(roles["critic"][0](*x)[:, P - 1:-1] * response_mask[rows])
+        batch["values"][rows, :R] = roles["critic"][0](*x)[:, start - 1:-1] * mb_mask
         use_adapter(*roles["reward"])
-        said["score"].append(last_scores(roles["reward"][0](*x), x[1]))
-    batch = {"ids": ids, "mask": mask, "response_mask": response_mask} | {k: torch.cat(v) for k, v in said.items()}
+        batch["score"][rows] = last_scores(roles["reward"][0](*x), x[1])
     batch = {k: gather(v)[:len(prompts)] for k, v in batch.items()}
     batch["ended"] = ((batch["ids"][:, P:] == eos_id) & batch["response_mask"]).any(1)
     return batch
+
+def trim(batch, rows):
+    """These rows of a batch's tensors (n,T), (n,R) and (n,), less the columns that are padding in all of them; and the
+    column where their responses start now."""
+    some = {key: x[rows] for key, x in batch.items()}
+    T, R = some["mask"].shape[1], some["response_mask"].shape[1]
+    first, longest = int(some["mask"].any(0).int().argmax()), int(some["response_mask"].sum(1).max())
+    kept = {T: slice(first, T - R + longest), R: slice(longest)}
+    return {key: x if x.ndim == 1 else x[:, kept[x.shape[1]]] for key, x in some.items()}, T - R - first
 
 def gather(x):
     """The rows of all ranks, in the order of the ranks."""
@@ -362,7 +379,6 @@ def main():
         uniforms = torch.rand(args.rollout_batch, args.max_new, generator=rng)
         batch = rollout(roles, [train[i] for i in rows], uniforms, args, tokenizer)
         mask, old_logp, ref_logp = batch["response_mask"], batch["old_logp"], batch["ref_logp"]     # (B, R)
-        P = batch["ids"].shape[1] - mask.shape[1]
 
         # 2. score: in units of the standard deviation of scores
         score = (batch["score"] - stats["mean"]) / stats["std"]                         # (B,)
@@ -378,16 +394,18 @@ def main():
         # 5. update: each rank trains its share of every mini-batch
         measured, lr = [], actor_engine.get_lr()[0]
         passes = [torch.randperm(args.rollout_batch, generator=rng) for _ in range(args.ppo_epochs)]
+        text_length = batch["mask"].sum(1).tolist()
         for mini in torch.cat(passes).view(-1, args.mini_batch).tolist():
             total = mask[mini].sum() / (world * accumulation)      # all ranks' tokens; the engines divide by both
-            micros = [{k: v[rows] for k, v in batch.items()} for rows in deal(mini, rank, world, args.micro_batch)]
+            mini.sort(key=lambda row: text_length[row])            # like lengths in a micro-batch: little padding
+            micros = [trim(batch, rows) for rows in deal(mini, rank, world, args.micro_batch)]
             mixed = [ptx[i] for i in next(ptx_stream)[1]] if ptx else []
             ptx_total = n_labels(mixed) / (world * accumulation)
             ptx_micros = deal(mixed, rank, world, args.micro_batch)
             actor_losses, critic_losses = [], []
 
             use_adapter(*roles["actor"])                           # and no other until its last backward is done
-            for n, mb in enumerate(micros):
+            for n, (mb, _) in enumerate(micros):
                 mb_mask = mb["response_mask"]
                 new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb_mask, args.temperature,
                                                   tokenizer.vocab_size)
@@ -403,8 +421,8 @@ def main():
                 actor_losses.append(torch.stack([actor_loss, ptx_loss, *measures]).detach())
 
             use_adapter(*roles["critic"])
-            for mb in micros:
-                new_values = critic_engine(mb["ids"], mb["mask"])[:, P - 1:-1]
+            for mb, start in micros:
+                new_values = critic_engine(mb["ids"], mb["mask"])[:, start - 1:-1]
                 critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb["response_mask"],
                                          args.value_clip, total)
                 critic_engine.backward(critic_loss)

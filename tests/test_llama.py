@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stories260k
@@ -803,3 +804,72 @@ def test_reading_takes_little_more_memory_than_the_model(tmp_path):
     pytorch = float(subprocess.run(measure, cwd=REPO, stdout=subprocess.PIPE, check=True).stdout)
     shutil.rmtree(tmp_path)
     assert 0.9 < safetensors < 1.3 and 0.9 < pytorch < 1.3
+
+
+def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
+    model, B, R, eos = tiny_llama(), 8, 6, 2
+    ids, mask = torch.randint(3, 300, (B, 5)), torch.ones(B, 5, dtype=torch.bool)
+    mask[3, :2] = False
+    lengths = torch.tensor([1, 6, 2, 3, 2, 2, 3, 1])               # row r says EOS as its token number lengths[r]
+    uniforms = (torch.arange(R) == lengths[:, None] - 1).float()
+    seen = []
+    model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+
+    def scripted(logits, temperature, top_k, top_p, u):            # the likeliest word but EOS, or EOS where u says so
+        likely = logits.index_fill(1, torch.tensor([eos]), -1e9).argmax(-1)
+        return torch.where(u > 0.5, eos, likely)
+
+    monkeypatch.setattr(llama, "sample", scripted)
+    response, response_mask = model.generate(ids, mask, R, eos_id=eos, uniforms=uniforms)
+    assert seen == [8, 8, 3, 1, 1, 1]
+    assert response_mask.sum(1).tolist() == lengths.tolist()
+    for r in range(B):                       # the same answers as alone
+        alone, alone_mask = model.generate(ids[r:r + 1], mask[r:r + 1], R, eos_id=eos, uniforms=uniforms[r:r + 1])
+        assert torch.equal(alone[0], response[r, :lengths[r]]), r
+
+
+def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
+    """As on a GPU, but the "graph" is run anew each time."""
+    captured = []
+
+    def capture(self):
+        captured.append((len(self.ids), self.mask.shape[1]))
+        self.out = self.run().clone()
+        self.graph = SimpleNamespace(replay=lambda: self.out.copy_(self.run()))
+
+    monkeypatch.setattr(llama.CapturedStep, "capture", capture)
+    model, P, R = tiny_llama(), 5, 14
+    ids = torch.randint(3, 300, (4, P + R))
+    mask = torch.ones(4, P + R, dtype=torch.bool)
+    mask[1, :3] = False
+    with torch.no_grad():
+        expected = model(ids, mask)
+        cache = KVCache(model.config, 4, P + R, torch.float32, "cpu")
+        model.next_logits(ids[:, :P], mask[:, :P], cache)
+        step = llama.CapturedStep(model.next_logits, None, block=8)
+        for t in range(P, P + R):
+            if t == 12:                      # half of the rows have ended
+                keep = torch.tensor([1, 2])
+                ids, mask, expected = ids[keep], mask[keep], expected[keep]
+                cache.keep(keep)
+            logits = step(ids[:, t:t + 1], mask, cache, t + 1)
+            assert_close(logits, expected[:, t], atol=1e-5, rtol=0)
+    assert captured == [(4, 8), (4, 16), (2, 16), (2, 19)]
+
+
+@pytest.mark.parametrize("bits, precision", [(torch.float32, "medium"), (torch.bfloat16, "highest")])
+def test_the_thin_product_is_by_onednn_only_where_that_is_float32(bits, precision, monkeypatch):
+    """bfloat16: what PyTorch's "medium" is on a CPU with matrix units."""
+    linear, taken = torch.nn.functional.linear, []
+    monkeypatch.setattr(llama.F, "linear", lambda a, b: linear(a.to(bits), b.to(bits)) if a.dtype == torch.float32 else linear(a, b))
+    llama.onednn_is_float32.cache_clear()
+
+    class Watched(torch.Tensor):
+        def __matmul__(self, other):
+            taken.append(torch.get_float32_matmul_precision())
+            return torch.Tensor.__matmul__(self, other)
+
+    x, columns, before = torch.randn(4, 32).as_subclass(Watched), torch.randn(32, 9), torch.get_float32_matmul_precision()
+    assert_close(llama.thin_product(x, columns).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor) @ columns)
+    llama.onednn_is_float32.cache_clear()
+    assert taken == [precision] and torch.get_float32_matmul_precision() == before
