@@ -12,8 +12,9 @@ from pathlib import Path
 import toy
 from llama import BadInput
 
-ADAPTER = "--lora-rank 64 --lora-alpha 128 --lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-LORA = {"sft": f"{ADAPTER} --lr 3e-3", "reward": f"{ADAPTER} --lr 2e-3", "ppo": f"{ADAPTER} --actor-lr 1e-3"}
+ADAPTER = "--lora-rank 64 --lora-alpha 64 --lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+LORA = {"sft": f"{ADAPTER} --lr 1e-3", "ppo": f"{ADAPTER} --actor-lr 1e-3",
+        "reward": f"{ADAPTER} --lr 1e-3 --weight-decay 0 --epochs 10"}       # the frozen embeddings make it slow
 RUNS = Path("runs/seeds")
 HEADER = ("seed", "weights", "SFT gold", "reward accuracy", "RLHF gold", "KL, nats")
 
