@@ -45,13 +45,12 @@ case "${1:-}" in
         exec .venv/bin/python -m pytest tests "$@" ;;
     bench)
         environment requirements.txt bench/requirements.txt
-        shift
-        for script in bench/*.py; do echo "+ python $script $*"; .venv/bin/python "$script" "$@"; done ;;
+        for script in generate sft_step ppo_step; do show python "bench/$script.py"; done ;;
     *)
         echo "usage: ./run.sh demo                      the whole recipe on a tiny world, in minutes"
         echo "       ./run.sh hacking                   PPO with and without the KL term against a poor reward model, in a picture"
         echo "       ./run.sh seeds                     the whole recipe for five seeds, and with LoRA for three; most of an hour"
         echo "       ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
-        echo "       ./run.sh bench                     times generate, an SFT step and a PPO step"
+        echo "       ./run.sh bench                     generate, an SFT step and a PPO step beside transformers, DeepSpeed and TRL"
         [ "${1:-}" = "" ] || exit 2 ;;
 esac

@@ -1,0 +1,76 @@
+"""Generation beside transformers: 64 prompt and 128 new tokens at temperature 1, none of which ends early.
+
+The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
+pass compiled, which is its fastest setting (that needs a C++ compiler on CPU).
+
+    python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16, on CPU
+    python bench/generate.py --sizes 15M --batches 16 --dtype bf16 --no-tuned
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from common import SIZES, load_model, race, table, write_models
+from sft import DTYPES
+
+P, NEW = 64, 128
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description="Times generate beside transformers.")
+    parser.add_argument("--sizes", nargs="+", default=["15M", "110M"], choices=SIZES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--new", type=int, default=NEW, help="new tokens")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--no-tuned", action="store_true", help="leave out transformers' compiled setting")
+    return parser.parse_args()
+
+
+def measure(base, B, new, device, dtype, tuned):
+    """New tokens per second of ours, of transformers by default, and of transformers tuned."""
+    ours = load_model(base, dtype, device)
+    ids = torch.randint(3, 31_990, (B, P), device=device)
+    mask = torch.ones_like(ids)
+
+    def run_ours():
+        return ours.generate(ids, mask.bool(), new, temperature=1.0)[1].sum()
+
+    def peer(**more):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base).to(device, dtype)
+        model.generation_config.eos_token_id = None      # or min_new_tokens slows it by 10 %
+        if more:
+            model.forward = torch.compile(model.forward)
+
+        def run():
+            # top_k 0: transformers' default of 50 would be another distribution
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                 use_cache=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **more)
+            return out[:, P:].numel()
+        return run
+
+    racers = [run_ours, peer()] + [peer(cache_implementation="static")] * tuned
+    return [B * new / seconds for seconds in race(*racers)]
+
+
+def main():
+    args = get_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_models(Path(folder) / size, size)
+            for B in args.batches:
+                speeds = measure(Path(folder) / size / "base", B, args.new, device, DTYPES[args.dtype], not args.no_tuned)
+                rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:])))
+    tuned = ["tuned"] * (not args.no_tuned)
+    peers = [f"transformers {transformers.__version__}{', ' + kind if kind else ''}" for kind in ["", *tuned]]
+    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers))], rows)
+
+
+if __name__ == "__main__":
+    main()

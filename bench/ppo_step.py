@@ -1,0 +1,86 @@
+"""A PPO step beside TRL's: 16 prompts of 64 tokens, answers of 64, two passes of one mini-batch, temperature 1.
+
+Ours is ppo.py itself, TRL's is its PPO trainer (trl_ppo.py), each in a process of its own, in turn; the first step of
+each process is left out. Peak memory is the process's. One more row is ours with answers that end by themselves.
+
+    python bench/ppo_step.py                  # some minutes on two quiet cores
+"""
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from common import process, table, write_models
+
+P = 64
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description="Times a PPO step beside TRL's.")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each, in turn")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a process, the first of which is left out")
+    parser.add_argument("--size", default="15M")
+    return parser.parse_args()
+
+
+def write_prompts(folder, n=512):
+    """Prompts that are 64 tokens in the template: BOS, 61 words, and two unknown words that hold the roles' names."""
+    rng = random.Random(0)
+    texts = [" ".join(f"w{rng.randrange(31_000)}" for _ in range(P - 2)) for _ in range(n)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+
+def run_ours(folder, lora, B=16, new=64, steps=4, launch=(sys.executable,), **environment):
+    """(seconds of each step but the first, peak memory in MB, mean length of the answers) of ppo.py."""
+    kind = "-lora" if lora else ""
+    words = [*launch, "ppo.py", "--actor", folder / f"base{kind}", "--reward", folder / f"reward{kind}",
+             "--data", folder / "prompts.jsonl", "--eval-data", folder / "prompts.jsonl", "--eval-prompts", 1,
+             "--out", folder / "run", "--overwrite", "--reward-norm", "none", "--max-prompt", P, "--max-new", new,
+             "--rollout-batch", B, "--mini-batch", B, "--micro-batch", 8, "--ppo-epochs", 2, "--steps", steps, "--actor-lr", 1e-6]
+    _, peak = process(words, folder / "ppo.log", **environment)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "tokens_per_s" in line][1:]
+    lengths = [line["length"] for line in lines]
+    return ([B * (P + length) / line["tokens_per_s"] for line, length in zip(lines, lengths)], peak,
+            statistics.mean(lengths))
+
+
+def run_trl(folder, lora, tuned, steps):
+    words = [sys.executable, "bench/trl_ppo.py", folder, "--steps", steps, *["--lora"] * lora, *["--tuned"] * tuned]
+    out, peak = process(words, folder / "trl.log")
+    return json.loads(out)[1:], peak, 64.0
+
+
+def main():
+    args = get_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, short = Path(name) / "models", Path(name) / "short"
+        for models, ends in ((folder, 0.0), (short, 0.08)):
+            write_models(models, args.size, ends)
+            write_prompts(models)
+        for lora in (False, True):
+            runs = {"ours": lambda: run_ours(folder, lora, steps=args.steps),
+                    "ours, answers end": lambda: run_ours(short, lora, steps=args.steps),
+                    "TRL": lambda: run_trl(folder, lora, False, args.steps),
+                    "TRL, tuned": lambda: run_trl(folder, lora, True, args.steps)}
+            measured = {what: [] for what in runs}
+            for _ in range(args.rounds):
+                for what, run in runs.items():
+                    measured[what].append(run())
+            ours = None
+            for what, results in measured.items():
+                seconds = statistics.median(s for result in results for s in result[0])
+                peak, length = max(result[1] for result in results), statistics.mean(result[2] for result in results)
+                ours = ours or (seconds, peak)
+                rows.append((f"{what}, {'LoRA' if lora else 'full'}", f"{length:.0f}", seconds, f"{seconds / ours[0]:.2f}",
+                             peak, f"{peak / ours[1]:.2f}"))
+    table([f"PPO step, {args.size}, 16 x (64 + 64)", "tokens per answer", "s", "time / ours", "peak MB", "memory / ours"],
+          rows)
+
+
+if __name__ == "__main__":
+    main()
