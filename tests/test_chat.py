@@ -538,7 +538,8 @@ def terminal():
         process = subprocess.Popen(
             [sys.executable, "chat.py", *map(str, flags)], cwd=REPO, stdin=theirs, stdout=theirs, stderr=theirs,
             start_new_session=True, env={**env, "TERM": "xterm", "INPUTRC": os.devnull},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))     # or Ctrl-C would be a mere character
+            preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0),    # or Ctrl-C would be a mere character,
+                                signal.signal(signal.SIGINT, signal.SIG_DFL)))       # or ignored, as in a background job
         os.close(theirs)
         started.append((ours, process))
         return ours, process
