@@ -20,7 +20,7 @@ P = 64
 
 def get_args():
     parser = argparse.ArgumentParser(description="Times a PPO step beside TRL's.")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each, in turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a process, the first of which is left out")
     parser.add_argument("--size", default="15M")
     return parser.parse_args()
