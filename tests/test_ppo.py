@@ -11,7 +11,7 @@ from data import Tokenizer, collate_prompts, encode_prompt, read_records
 from llama import BadInput, Llama, copy_tokenizer
 from lora import add_lora, load_model, save_adapter, use_adapter
 from ppo import (build_roles, explained_variance, gae, policy_loss, policy_measures, random_numbers, response_logps,
-                 rollout, shape_rewards, token_logps, trained_parameters, value_loss, whiten)
+                 rollout, shape_rewards, token_logps, trained_parameters, trim, value_loss, whiten)
 from reward import RewardModel, load_reward_model
 
 
@@ -528,3 +528,19 @@ def test_garbage_under_the_padding_of_prompts_changes_nothing(case, rolled, prom
     dirty = rollout(roles, prompts, uniforms, args, tokenizer)
     assert not torch.equal(clean.pop("ids"), dirty.pop("ids"))
     assert all(torch.equal(clean[key], dirty[key]) for key in clean)
+
+
+def test_trim_leaves_rows_whole_and_takes_only_columns_that_are_padding_in_all_of_them():
+    prompts, answers, P, R = [3, 5, 2], [4, 1, 2], 5, 4
+    mask = torch.zeros(3, P + R, dtype=torch.bool)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        mask[row, P - p:P + a] = True
+    batch = {"ids": torch.arange(1, 28).view(3, 9) * mask, "mask": mask, "response_mask": mask[:, P:],
+             "values": some(3, R) * mask[:, P:], "score": some(3)}
+    for rows, start, longest in (([0, 1, 2], 5, 4), ([1, 2], 5, 2), ([2], 2, 2), ([2, 0], 3, 4)):
+        cut, at = trim(batch, rows)
+        assert at == start and cut["ids"].shape == cut["mask"].shape == (len(rows), start + longest)
+        assert torch.equal(cut["score"], batch["score"][rows])
+        for key in ("ids", "values"):        # nothing is lost, and a response still starts at `start`
+            assert torch.equal(cut[key][cut[key] != 0], batch[key][rows][batch[key][rows] != 0])
+        assert torch.equal(cut["response_mask"], cut["mask"][:, at:])
