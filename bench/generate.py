@@ -3,7 +3,7 @@
 The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
 pass compiled, which is its fastest setting (that needs a C++ compiler on CPU).
 
-    python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16, on CPU
+    python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16
     python bench/generate.py --sizes 15M --batches 16 --dtype bf16 --no-tuned
 """
 import argparse
@@ -22,7 +22,7 @@ P, NEW = 64, 128
 def get_args():
     parser = argparse.ArgumentParser(description="Times generate beside transformers.")
     parser.add_argument("--sizes", nargs="+", default=["15M", "110M"], choices=SIZES)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--batches", nargs="+", type=int, help="1, 16 and, up to 15M, 64 by default")
     parser.add_argument("--new", type=int, default=NEW, help="new tokens")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--no-tuned", action="store_true", help="leave out transformers' compiled setting")
@@ -64,7 +64,7 @@ def main():
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_models(Path(folder) / size, size)
-            for B in args.batches:
+            for B in args.batches or [1, 16, 64][:2 if size == "110M" else 3]:
                 speeds = measure(Path(folder) / size / "base", B, args.new, device, DTYPES[args.dtype], not args.no_tuned)
                 rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:])))
     tuned = ["tuned"] * (not args.no_tuned)
