@@ -320,9 +320,10 @@ class Llama(nn.Module):
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
         if uniforms is None and temperature > 0:
             uniforms = torch.rand(B, max_new_tokens, device=ids.device)
-        if ids.is_cuda and self.stream is None:
-            self.stream = torch.cuda.Stream()
-        captured = CapturedStep(self.next_logits, self.stream) if ids.is_cuda and not together else None
+        captured = None
+        if ids.is_cuda and not together:
+            self.stream = self.stream or torch.cuda.Stream()
+            captured = CapturedStep(self.next_logits, self.stream)
         # on a CPU the head, most of a small model, is read two to three times as fast from columns
         in_columns = ids.device.type == "cpu" and type(self.lm_head) is Linear and not together
         head = self.lm_head.weight.t().contiguous() if in_columns else None
@@ -341,7 +342,7 @@ class Llama(nn.Module):
                 return
             ids = new[:, None]
             if 2 * n_alive <= len(rows):     # half have ended: the others go on alone (under `together` one stays)
-                keep = alive.nonzero().squeeze(1) if n_alive else rows[:1] * 0
+                keep = alive.nonzero().squeeze(1) if n_alive else torch.zeros_like(rows[:1])
                 rows, alive, ids, mask = (x[keep] for x in (rows, alive, ids, mask))
                 cache.keep(keep)
 
