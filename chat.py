@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import unicodedata
 from collections import Counter
 from contextlib import suppress
 from itertools import zip_longest
@@ -32,7 +31,7 @@ from itertools import zip_longest
 import torch
 
 from data import clean_turns, collate_prompts, encode_prompt, open_tokenizer, render
-from llama import BadInput
+from llama import BadInput, without_controls
 from lora import load_model
 
 def number(kind, low, high):
@@ -87,11 +86,6 @@ def stream_text(tokenizer, ids, stop="\n\nHuman:"):
         if ended:
             return
     yield without_controls(tokenizer.decode(so_far)[shown:])
-
-def without_controls(text):
-    """Leaves out what could take over the terminal: control characters, and those that turn a line around."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
-                   and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
 
 def answer(model, tokenizer, turns, args, uniforms):
     """The pieces of the model's answer to a conversation; BadInput where the question is too long."""

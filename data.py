@@ -36,11 +36,15 @@ class Tokenizer:
     def __init__(self, path):
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         try:
+            if file.stat().st_size > 2**28:
+                raise OSError
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError):
+            self.vocab_size = len(self.model)
+            self.pieces()                    # raises where they are not UTF-8
+        except (OSError, RuntimeError, ValueError):                # ValueError: a null character in the name
             found = "is not a SentencePiece model" if file.exists() else "there is no such file"
             raise BadInput(f"{file}: {found}; a LLaMA folder brings its tokenizer.model") from None
-        self.bos_id, self.eos_id, self.vocab_size = self.model.bos_id(), self.model.eos_id(), len(self.model)
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise BadInput(f"{file}: has no BOS or no EOS; a LLaMA tokenizer has both")
 
@@ -115,34 +119,52 @@ def read_records(path, tally=None):
         raise BadInput(f"{path}: holds no usable rows")
     return records
 
+MOST_TEXT, MOST_LINE, MOST_ARRAY = 2**22, 2**25, 2**29             # characters of a text; bytes of a line, of an array
+
 def read_rows(path):
     """Yields (line or row number, row) of a file; the content decides, not the ending."""
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            if head == b"PAR1":
+                yield from read_parquet(path)
+                return
+            file.seek(0)
+            yield from read_json_rows(path, gzip.open(file) if head[:2] == b"\x1f\x8b" else file)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if raw[:4] == b"PAR1":
+
+def read_json_rows(path, file):
+    """The rows of a JSON array, or of JSON lines; piece by piece, for a small compressed file can be a very large one."""
+    start = file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip() if hasattr(file, "peek") else b""
+    array = start[:1] == b"["
+    pieces = iter([file.read(MOST_ARRAY + 1)]) if array else iter(lambda: file.readline(MOST_LINE + 1), b"")
+    for number, piece in enumerate(pieces, 1):
+        where = f"{path}{'' if array else f':{number}'}"
+        if len(piece) > (MOST_ARRAY if array else MOST_LINE):
+            raise BadInput(f"{where}: is longer than {(MOST_ARRAY if array else MOST_LINE) >> 20} MB; it should hold a row per "
+                           f"line")
         try:
-            import pyarrow.parquet
-            yield from enumerate(pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist(), 1)
-            return
-        except ImportError:
-            raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
-        except pyarrow.ArrowException as error:
-            raise BadInput(f"{path}: is a damaged parquet file ({str(error).splitlines()[0]})") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    array = text.lstrip()[:1] == "["
-    for number, line in enumerate([text] if array else text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{path}{'' if array else f':{number}'}: is not JSON ({error})") from None
+            text = piece.decode("utf-8-sig" if number == 1 else "utf-8")
+            value = json.loads(text) if text.strip() else []
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{where}: is not UTF-8 text (byte {error.start})") from None
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where}: is not JSON ({error})") from None
+        if text.strip():
             yield from enumerate(value, 1) if array else [(number, value)]
+
+def read_parquet(path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+    except ImportError:
+        raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise BadInput(f"{path}: is a damaged parquet file ({str(error).splitlines()[0]})") from None
 
 def row_records(row, tally):
     """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
@@ -185,6 +207,8 @@ def record(turns, chosen, rejected=None):
 def text(row, key):
     if not isinstance(row[key], str):
         raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
+    if len(row[key]) > MOST_TEXT:
+        raise BadInput(f"{key} has {len(row[key]):,} characters, too many to be one text")
     return row[key]
 
 def conversation(row, key, role_key, text_key, tally):

@@ -14,7 +14,8 @@ V vocabulary, N chosen places. `mask` (B,T) says which ids are real; padding is 
 import functools
 import json
 import math
-import pickle
+import re
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -26,10 +27,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+def without_controls(text):
+    """Leaves out what could take over the terminal: control characters, and those that turn a line around."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
+                   and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
+
 class BadInput(ValueError):
     """What a user did: the message is one line that names the file or flag, what was found, and what to do."""
+    def __init__(self, message):
+        message = " ".join(without_controls(message).split("\n"))  # it may quote a file
+        super().__init__(message if len(message) < 1000 else message[:1000] + "...")
 
 # ------------------------------------------------------------------------------------------------ configuration
+# more than any LLaMA has, and little enough to look at
+MOST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
+        "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12}
+
 @dataclass
 class LlamaConfig:
     """The keys of config.json that define the network, by Hugging Face's names; the defaults are LLaMA-7B's."""
@@ -77,8 +90,9 @@ class LlamaConfig:
         types = {f.name: f.type for f in fields(cls)} | dict.fromkeys(scaling[kind], int | float)
         for key in [*values, *scaling[kind]]:
             value = (rope | values).get(key)
-            too_small = type(value) in (int, float) and value <= 0 and not key.endswith("token_id")
-            if too_small or not isinstance(value, types[key]):
+            absurd = type(value) in (int, float) and not key.endswith("token_id") and not (
+                0 < value <= MOST.get(key, 1e12))
+            if absurd or not isinstance(value, types[key]) or type(value) is bool and types[key] is not bool:
                 raise BadInput(f"{where}: {key} is {value!r}")
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
@@ -96,11 +110,15 @@ class LlamaConfig:
 def read_json(path):
     """The dictionary in a JSON file; BadInput where there is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(2**26 + 1)
+        if len(text) > 2**26:
+            raise BadInput(f"{path}: is larger than any such file should be (64 MB)")
+        value = json.loads(text)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:                  # BadInput too is a ValueError
+        raise error if isinstance(error, BadInput) else BadInput(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
@@ -292,7 +310,7 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None:     # none in a reward model that lora.py merges
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, mask, at=None):
@@ -326,7 +344,8 @@ class Llama(nn.Module):
             captured = CapturedStep(self.next_logits, self.stream)
         # on a CPU the head, most of a small model, is read two to three times as fast from columns
         in_columns = ids.device.type == "cpu" and type(self.lm_head) is Linear and not together
-        head = self.lm_head.weight.t().contiguous() if in_columns else None
+        # a piece at a time, or the copy itself would take several times as long
+        head = torch.cat([part.t() for part in self.lm_head.weight.split(256)], dim=1) if in_columns else None
         rows = torch.arange(B, device=ids.device)                                   # those that are still computed
         alive = torch.ones_like(rows, dtype=torch.bool)
         for t in range(max_new_tokens):
@@ -362,11 +381,9 @@ class Llama(nn.Module):
         if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
             raise BadInput(f"{path}: is an adapter, not a full model; read it with lora.load_model")
         config = LlamaConfig.from_pretrained(path)
-        with torch.device("meta"):           # no memory until to_empty, and no time spent on random numbers
+        with torch.device("meta"):           # no memory until the weights are there, and no time for random numbers
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
-        model.tie_weights()                  # to_empty parts them
-        return load_weights(model, path)
+        return load_weights(model, path, dtype, device)
 
     def save_pretrained(self, path):
         """Writes config.json and safetensors; transformers' AutoModelForCausalLM loads the folder."""
@@ -434,10 +451,11 @@ def find_tensors(path):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map")
+            present = {p.name for p in path.iterdir() if p.is_file()}
             for file in set(map(str, weight_map.values())):
-                if Path(file).name != file or not (path / file).exists():
+                if file not in present:      # nor can it lead out of the folder
                     raise BadInput(f"{index}: names the shard {file!r}, which is not in the folder; copy it again")
-            return {name: path / file for name, file in weight_map.items()}
+            return {name: path / str(file) for name, file in weight_map.items()}
     raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
 
 def read_tensor(file, name=None):
@@ -449,12 +467,16 @@ def read_tensor(file, name=None):
                 return weights.get_tensor(name) if name else list(weights.keys())
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return weights[name] if name else list(weights)
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+    except Exception as error:               # torch.load meets a damaged file with errors of every kind
+        if code := re.search(r"GLOBAL (\S+)|global (\S+)", str(error)):
+            raise BadInput(f"{file}: asks to run {code[1] or code[2]} when it is read, so it is not only weights, and is "
+                           f"not read") from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
 
-def load_weights(module, path, optional=()):
-    """Fills every parameter of module from the folder, cast, one by one; only an optional one may be missing."""
+def load_weights(module, path, dtype=torch.float32, device="cpu", optional=()):
+    """Fills every parameter of module, which is on meta, from the folder, cast, one by one; only an optional one may be
+    missing. All is checked before any memory is taken."""
     files = find_tensors(path)
     parameters = {n: p for n, p in module.named_parameters() if n in files or n not in optional}
     if missing := sorted(set(parameters) - set(files)):
@@ -465,11 +487,17 @@ def load_weights(module, path, optional=()):
     if extra := [n for n in files if n not in parameters and not n.endswith(harmless)]:
         raise BadInput(f"{path}: holds {len(extra)} weights that config.json has no place for, such as {extra[0]}")
     for name, parameter in parameters.items():
-        tensor = read_tensor(files[name], name)
-        if tensor.shape != parameter.shape:
-            found, asked = tuple(tensor.shape), tuple(parameter.shape)
-            raise BadInput(f"{files[name]}: {name} is {found}, config.json asks for {asked}")
-        parameter.data.copy_(tensor)
+        tensor = read_tensor(files[name], name)                    # mapped; its numbers are not read yet
+        found, asked = tuple(getattr(tensor, "shape", ())), tuple(parameter.shape)
+        if found != asked or not tensor.is_floating_point():
+            raise BadInput(f"{files[name]}: {name} is {found} of {getattr(tensor, 'dtype', 'no tensor')}, config.json asks "
+                           f"for {asked}")
+    module.to(dtype).to_empty(device=device)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()                 # to_empty parts them
+    for name, parameter in module.named_parameters():
+        if name in parameters:
+            parameter.data.copy_(read_tensor(files[name], name))
     return module
 
 def save_weights(module, path, config):

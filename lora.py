@@ -16,6 +16,7 @@ import operator
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -159,7 +160,8 @@ def read_adapter_config(path):
                "init_lora_weights": [True, False, None, "gaussian"]}
     for key, value in config.items():
         unknown = key not in KNOWN and value is not False and value not in (None, {}, [], "")
-        elsewhere = key == "modules_to_save" and set(map(str, value or [])) - {"score", "classifier"}
+        elsewhere = key == "modules_to_save" and value and (
+            not isinstance(value, list) or set(map(str, value)) - {"score", "classifier"})
         if unknown or elsewhere or value not in allowed.get(key, [value]):
             raise BadInput(f"{where}: {key} = {value!r} is not supported; it would change the result")
     try:
@@ -167,6 +169,8 @@ def read_adapter_config(path):
         ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
         for pattern in [*ranks, *alphas, *([targets] if isinstance(targets, str) else targets)]:
             re.compile(pattern)
+            if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
+                raise ValueError(f"the pattern {pattern!r} repeats so much that it could take forever")
         sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
         if min(map(operator.index, [config["r"], *ranks.values()])) < 1 or not targets:
             raise ValueError(f"r {config['r']}, target_modules {targets}")
@@ -220,8 +224,9 @@ def resolve(path, base=None):
         return path.resolve(), None
     named = str(base or read_adapter_config(path).get("base_model_name_or_path") or "")
     for candidate in (Path(named), path / named):
-        if named and (candidate / "config.json").exists():
-            return candidate.resolve(), path
+        with suppress(OSError, ValueError):  # a name that is none
+            if named and (candidate / "config.json").exists():
+                return candidate.resolve(), path
     raise BadInput(f"{path}: its base model {named!r} is not there; name its folder with --base")
 
 def load_model(path, dtype=torch.float32, device="cpu", base=None):
@@ -251,7 +256,7 @@ def main():
         with torch.device("meta"):
             model = Llama(LlamaConfig.from_pretrained(full))
             model.lm_head, model.score = None, Linear(model.config.hidden_size, 1, bias=False)
-        load_weights(model.to_empty(device="cpu"), full, optional=["score.weight"])
+        load_weights(model, full, optional=["score.weight"])
     else:
         architecture, model = "LlamaForCausalLM", Llama.from_pretrained(full)
     load_adapter(model, adapter, "default")

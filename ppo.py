@@ -29,9 +29,9 @@ from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft,
 from llama import BadInput, Llama, find_tensors, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, accumulate, add_engine_flags, check_folders, engine_metrics, finish, gathered, load_rows,
+from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, gathered, load_rows,
                  make_engine, n_labels, number, parse, positive, response_logits, run, save, say, setup, sft_loss,
-                 start_run, sum_over_ranks, together)
+                 sum_over_ranks, together, writing)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -289,10 +289,28 @@ def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
         rows = [{**row, "gold": float(gold(row["prompt"], row["response"]))} for row in rows]
         means["gold"] = sum(row["gold"] for row in rows) / len(rows)
     if dist.get_rank() == 0:
-        with open(Path(args.out) / "samples.jsonl", "a") as file:
+        with writing(args.out), open(Path(args.out) / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     say(f"{rows[0]['prompt']} {rows[0]['response']}\n[score {rows[0]['score']:.2f}, kl {rows[0]['kl']:.2f}]")
     log.line(step=step, **means)
+
+# what a run that goes astray looks like: (metric, whether it is so, its usual cause and what to turn)
+WARNINGS = [
+    ("kl", lambda x: x > 50, "so far from the reference the score means little; raise --kl-coef, lower --actor-lr"),
+    ("kl", lambda x: x < -1, "a KL below 0 is too few or too short answers, or half precision; raise --rollout-batch"),
+    ("first_ratio", lambda x: abs(x - 1) > 0.1, "before any update it should be 1: rollout and update disagree, which "
+        "half precision can do; try --dtype fp32"),
+    ("approx_kl", lambda x: x > 0.5, "one step moves the policy too far; lower --actor-lr or --ppo-epochs"),
+    ("length", lambda x: x < 1.5, "answers are next to nothing: the reward model may like that best, see samples.jsonl"),
+    ("eos_share", lambda x: x == 0, "no answer ends by itself; raise --max-new, or --missing-eos-penalty"),
+]
+
+def warn(log, metrics, constant):
+    """Says once each what is wrong with a step; constant: all its answers have one score."""
+    log.warn(constant, "all answers have the same score, from which nothing can be learned; is --score-clip or the reward "
+             "model the reason?")
+    for name, wrong, cause in WARNINGS:
+        log.warn(wrong(metrics[name]), f"{name} has left its bounds: {cause}")
 
 # ------------------------------------------------------------------------------------------------ checks, loading
 def read_stats(args):
@@ -303,7 +321,7 @@ def read_stats(args):
     if not file.exists():
         raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none takes them raw")
     stats = read_json(file)
-    if not all(isinstance(stats.get(k), int | float) for k in ("mean", "std")) or not stats["std"] > 0:
+    if not all(type(stats.get(k)) in (int, float) and abs(stats[k]) < 1e12 for k in ("mean", "std")) or stats["std"] <= 0:
         raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
     return stats
 
@@ -350,30 +368,38 @@ def main():
          train, held_out, ptx) = read_inputs(args, world)
     with together():
         roles = build_roles(args, dtype, device)
-        start_run(args, rank)
+    lengths = [len(prompt) for prompt in train]
+    state = RunState(args, lengths)
     (actor, actor_name), (critic, critic_name) = roles["actor"], roles["critic"]
     actor.config, critic.config, actor.n_words = config, reward_config, tokenizer.vocab_size
     actor.model.checkpointing = critic.model.checkpointing = args.checkpointing
     trained = trained_parameters(roles)
+    state.load_weights({f"{role}.{name}": p for role, some in trained.items()
+                        for name, p in roles[role][0].named_parameters() if any(p is q for q in some)})
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     n_updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                 # per step
     actor_engine, critic_engine = (
         make_engine(args, model, trained[role], lr, steps * n_updates, args.micro_batch, accumulation, dtype)
         for model, role, lr in ((actor, "actor", args.actor_lr), (critic, "critic", args.critic_lr)))
-    with gathered(actor):
+    state.load_engines(actor=actor_engine, critic=critic_engine)
+    with gathered(trained["actor"]):
         average = [(p, p.detach().float().clone()) for p in trained["actor"]] if args.ema else []
-    if args.reward_norm == "rollout":        # the scores of the reference's own answers
+    state.load_weights({f"ema.{i}": mean for i, (_, mean) in enumerate(average)})
+    if state.step:
+        stats = state.own["stats"]
+    elif args.reward_norm == "rollout":      # the scores of the reference's own answers
         prompts = train[:args.norm_prompts]
         uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, -1))
         parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
         score = torch.cat([rollout(roles, prompts[p], uniforms[p], args, tokenizer)["score"] for p in parts])
         stats = {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
-    beta, log = args.kl_coef, Log(args, steps, rank, CURVES)
-    ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed) if ptx else None
-    answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)
+    beta, log = state.own.get("beta", args.kl_coef), Log(args, steps, rank, CURVES, state.step)
+    ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed, state.step * n_updates) if ptx else None
+    if not state.step:
+        answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)
 
-    lengths = [len(prompt) for prompt in train]
-    for step, (epoch, rows) in zip(range(1, steps + 1), stream(lengths, args.rollout_batch, args.seed)):
+    for step, (epoch, rows) in zip(range(state.step + 1, steps + 1),
+                                   stream(lengths, args.rollout_batch, args.seed, state.step)):
         # 1. rollout: one global batch in a fixed order, its random numbers drawn from (seed, step) alone
         rng = random_numbers(args.seed, step)
         uniforms = torch.rand(args.rollout_batch, args.max_new, generator=rng)
@@ -414,8 +440,7 @@ def main():
                 if ptx:
                     ids, ids_mask, labels = (x.to(device) for x in collate_sft(ptx_micros[n]))
                     ptx_loss = sft_loss(*response_logits(actor_engine, ids, ids_mask, labels), ptx_total)
-                actor_engine.backward(actor_loss + args.ptx_coef * ptx_loss)
-                actor_engine.step()
+                descend(actor_engine, actor_loss + args.ptx_coef * ptx_loss)
                 measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
                                            args.temperature, total)
                 actor_losses.append(torch.stack([actor_loss, ptx_loss, *measures]).detach())
@@ -425,11 +450,10 @@ def main():
                 new_values = critic_engine(mb["ids"], mb["mask"])[:, start - 1:-1]
                 critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb["response_mask"],
                                          args.value_clip, total)
-                critic_engine.backward(critic_loss)
-                critic_engine.step()
+                descend(critic_engine, critic_loss)
                 critic_losses.append(critic_loss.detach()[None])
             measured += [torch.cat(losses) for losses in zip(critic_losses, actor_losses)]
-            with gathered(actor):
+            with gathered(trained["actor"]):
                 for p, mean in average:
                     mean.lerp_(p.detach().float(), 1 - args.ema)
 
@@ -439,16 +463,19 @@ def main():
         value, policy, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
             *(measured.sum(0) / n_updates).tolist(), first_ratio)
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
-        log.step(int(batch["mask"].sum()), epoch=epoch, score=float(score.mean()), kl=kl,
-                 length=float(mask.sum(1).double().mean()), eos_share=float(batch["ended"].double().mean()),
-                 policy_loss=policy, value_loss=value, **({"ptx_loss": ptx_loss} if ptx else {}),
-                 approx_kl=approx_kl, first_ratio=first_ratio, clip_frac=clipped, entropy=entropy,
-                 explained_var=explained_variance(batch["values"], batch["returns"], mask), beta=beta, lr=lr,
-                 **engine_metrics(actor_engine))
+        metrics = dict(score=float(score.mean()), kl=kl, length=float(mask.sum(1).double().mean()),
+                       eos_share=float(batch["ended"].double().mean()), policy_loss=policy, value_loss=value,
+                       **({"ptx_loss": ptx_loss} if ptx else {}), approx_kl=approx_kl, first_ratio=first_ratio,
+                       clip_frac=clipped, entropy=entropy, beta=beta, lr=lr,
+                       explained_var=explained_variance(batch["values"], batch["returns"], mask))
+        log.step(int(batch["mask"].sum()), epoch=epoch, **metrics, **engine_metrics(actor_engine))
+        warn(log, metrics, bool(score.std(correction=0) < 1e-6))
         if args.kl_target:
             beta *= 1 + args.kl_gain * max(-0.2, min(0.2, kl / args.kl_target - 1))
         if step % args.eval_every == 0 or step == steps:
             answer_held_out(roles, held_out, args, tokenizer, stats, gold, step, log)
+        if step < steps:
+            state.after(step, rows, log, beta=beta, stats=stats)
 
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
     save(actor, args.out, rank, folder, actor_name, base)
@@ -456,8 +483,7 @@ def main():
         save(critic, Path(args.out) / "critic", rank, folder, critic_name, reward_base)
     if args.ema:
         save(actor, Path(args.out) / "ema", rank, folder, actor_name, base, average)
-    log.close()
-    finish()
+    state.finish(log)
 
 if __name__ == "__main__":
     run(main)

@@ -24,10 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
-from llama import BadInput, Linear, LlamaConfig, Transformer, load_weights, save_weights
+from llama import BadInput, Linear, LlamaConfig, Transformer, find_tensors, load_weights, save_weights
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, accumulate, add_engine_flags, check_folders, engine_metrics, finish, load_rows, make_engine,
-                 number, parse, positive, run, save, setup, start_run, sum_over_ranks, together)
+from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, load_rows,
+                 make_engine, number, parse, positive, run, save, setup, sum_over_ranks, together)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -79,9 +79,10 @@ class RewardModel(nn.Module):
         config = LlamaConfig.from_pretrained(path)
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
-        nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)      # arXiv 2009.01325
-        return load_weights(model, path, optional=["score.weight"])
+        load_weights(model, path, dtype, device, optional=["score.weight"])
+        if "score.weight" not in find_tensors(path):
+            nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)  # arXiv 2009.01325
+        return model
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' AutoModelForSequenceClassification loads."""
@@ -160,24 +161,27 @@ def main():
         if args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
         model.config, model.model.checkpointing = config, args.checkpointing
-        start_run(args, rank)
-    steps = args.steps or args.epochs * (len(train) // args.batch)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine = make_engine(args, model, trained, args.lr, steps, args.micro_batch, accumulation, dtype)
-    log = Log(args, steps, rank, CURVES)
-
-    log.line(step=0, **evaluate(model, held_out, args.micro_batch, device))
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected, _ in train]
-    for step, (epoch, rows) in zip(range(1, steps + 1), stream(lengths, args.batch, args.seed)):
+    state = RunState(args, lengths)
+    steps = args.steps or args.epochs * (len(train) // args.batch)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state.load_weights(trained)
+    engine = make_engine(args, model, [*trained.values()], args.lr, steps, args.micro_batch, accumulation, dtype)
+    state.load_engines(model=engine)
+    log = Log(args, steps, rank, CURVES, state.step)
+
+    if not state.step:
+        log.line(step=0, **evaluate(model, held_out, args.micro_batch, device))
+    for step, (epoch, chosen) in zip(range(state.step + 1, steps + 1),
+                                     stream(lengths, args.batch, args.seed, state.step)):
         # 3. one global batch, formed before it is dealt; its loss per pair of the whole of it
-        rows = [train[i] for i in rows]
+        rows = [train[i] for i in chosen]
         model.train()
         lr, loss_sum = engine.get_lr()[0], 0.0
         for micro in deal(rows, rank, world, args.micro_batch):
             ids, mask, starts = (x.to(device) for x in collate_pairs(micro))
             loss = batch_loss(engine(ids, mask), mask, starts, args.loss, args.batch / (world * accumulation))
-            engine.backward(loss)
-            engine.step()
+            descend(engine, loss)
             loss_sum += float(loss.detach())
         # 4. logging and held-out pairs
         loss = sum_over_ranks(loss_sum)[0] / (world * accumulation)
@@ -185,14 +189,15 @@ def main():
         if step % args.eval_every == 0 or step == steps:
             stats = evaluate(model, held_out, args.micro_batch, device)
             log.line(step=step, **stats)
+        if step < steps:
+            state.after(step, chosen, log)
 
     # 5. the folder, with the statistics
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     if rank == 0:
         stats = {"mean": stats["mean"], "std": stats["std"], "n": len(held_out), "accuracy": stats["accuracy"]}
         (Path(args.out) / "reward_stats.json").write_text(json.dumps(stats) + "\n")
-    log.close()
-    finish()
+    state.finish(log)
 
 if __name__ == "__main__":
     run(main)

@@ -43,6 +43,10 @@ case "${1:-}" in
         shift
         echo "+ python -m pytest tests $*"
         exec .venv/bin/python -m pytest tests "$@" ;;
+    faults)
+        environment requirements.txt tests/requirements.txt
+        shift
+        show python -m pytest tests/test_faults.py tests/test_fuzz.py tests/test_machines.py --full -rs -s "$@" ;;
     bench)
         environment requirements.txt bench/requirements.txt
         for script in generate sft_step ppo_step; do show python "bench/$script.py"; done ;;
@@ -51,6 +55,7 @@ case "${1:-}" in
         echo "       ./run.sh hacking                   PPO with and without the KL term against a poor reward model, in a picture"
         echo "       ./run.sh seeds                     the whole recipe for five seeds, and with LoRA for three; most of an hour"
         echo "       ./run.sh test [pytest's options]   all tests; -m 'not slow' leaves out what trains or starts the launcher"
+        echo "       ./run.sh faults                    the tests of kills, full disks and damaged input, many times over; an hour"
         echo "       ./run.sh bench                     generate, an SFT step and a PPO step beside transformers, DeepSpeed and TRL"
         [ "${1:-}" = "" ] || exit 2 ;;
 esac

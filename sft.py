@@ -12,28 +12,36 @@
     deepspeed sft.py                                                                  # the toy: flags of toy/sft.args
 """
 import argparse
+import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import collate_sft, deal, encode_sft, load_records, open_tokenizer, stream
-from llama import BadInput, copy_tokenizer
+from llama import BadInput, copy_tokenizer, read_json, without_controls
 from lora import add_lora, load_model, lora_layers, resolve, save_adapter
 
 def get_args():
@@ -104,36 +112,40 @@ def main():
         if args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
         model.config, model.model.checkpointing = config, args.checkpointing    # config with the tokenizer's BOS, EOS
-        start_run(args, rank)
-    steps = args.steps or args.epochs * (len(train) // args.batch)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine = make_engine(args, model, trained, args.lr, steps, args.micro_batch, accumulation, dtype)
-    log = Log(args, steps, rank, CURVES)
-
-    log.line(step=0, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
     lengths = [len(ids) for ids, _ in train]
-    for step, (epoch, rows) in zip(range(1, steps + 1), stream(lengths, args.batch, args.seed)):
+    state = RunState(args, lengths)          # makes --out, or finds what --resume goes on from
+    steps = args.steps or args.epochs * (len(train) // args.batch)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state.load_weights(trained)
+    engine = make_engine(args, model, [*trained.values()], args.lr, steps, args.micro_batch, accumulation, dtype)
+    state.load_engines(model=engine)
+    log = Log(args, steps, rank, CURVES, state.step)
+
+    if not state.step:
+        log.line(step=0, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
+    for step, (epoch, chosen) in zip(range(state.step + 1, steps + 1),
+                                     stream(lengths, args.batch, args.seed, state.step)):
         # 3. one global batch, formed before it is dealt, and its loss per response token of the whole of it
-        rows = [train[i] for i in rows]
+        rows = [train[i] for i in chosen]
         total = n_labels(rows) / (world * accumulation)            # the engine divides by both
         model.train()
         lr, nll = engine.get_lr()[0], 0.0
         for micro in deal(rows, rank, world, args.micro_batch):
             ids, mask, labels = (x.to(device) for x in collate_sft(micro))
             loss = sft_loss(*response_logits(engine, ids, mask, labels), total)
-            engine.backward(loss)
-            engine.step()
+            descend(engine, loss)
             nll += float(loss.detach())
         # 4. what is logged is the loss of the global batch
         loss = sum_over_ranks(nll)[0] / (world * accumulation)
         log.step(sum(len(ids) for ids, _ in rows), epoch=epoch, loss=loss, lr=lr, **engine_metrics(engine))
         if step % args.eval_every == 0 or step == steps:
             log.line(step=step, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
+        if step < steps:
+            state.after(step, chosen, log)
 
     # 5. the folder
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
-    log.close()
-    finish()
+    state.finish(log)
 
 # ------------------------------------------------------------------------------------------------ for all trainers
 def add_engine_flags(parser):
@@ -150,6 +162,9 @@ def add_engine_flags(parser):
     add = parser.add_argument_group("engine").add_argument
     add("--out", help="folder to write")
     add("--overwrite", action="store_true", help="write into a folder that holds another run")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; from the start if there is none")
+    add("--save-every", type=positive, help="steps between checkpoints; by default one every 15 minutes")
+    add("--timeout", type=number(10), default=1800.0, help="seconds after which a rank that is silent ends the run")
     add("--warmup", type=number(0, 1), default=0.03, help="share of the steps in which the rate rises, before a cosine")
     add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")
     add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
@@ -212,8 +227,11 @@ def setup(args):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not cuda:                             # plain gloo: DeepSpeed's shared-memory extension needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:                                     # a tenth is for the launcher, which gives a rank 30 s to leave
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False,
+                                   timeout=timedelta(seconds=0.9 * args.timeout))
     except dist.DistNetworkError as error:   # most often another run's port
         raise BadInput(f"the ranks cannot meet: {str(error).splitlines()[0]} (for two runs at once on one machine: "
                        f"deepspeed --master_port 29501 ...)") from None
@@ -226,6 +244,8 @@ def setup(args):
     name = best if args.dtype == "auto" else args.dtype
     if name == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
+    global patience
+    patience = 0.9 * args.timeout
     with together():
         import toy                           # makes the toy world where the flags name it and it is not there
         toy.prepare(rank, *(getattr(args, name, None) for name in ("model", "actor", "reward")), *args.data)
@@ -237,24 +257,54 @@ def setup(args):
 def say(text):
     """Prints on rank 0."""
     if dist.get_rank() == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(without_controls(text), file=sys.stdout)
+
+class Agreed(BadInput):
+    """A BadInput that every rank raises at the same place."""
+
+patience, meetings = 1800.0, itertools.count()                     # seconds of silence that ranks bear from each other
 
 @contextmanager
 def together():
-    """If a rank meets BadInput in the body, all raise it, and none is left waiting for it."""
-    mine, errors = None, [None] * dist.get_world_size()
+    """If a rank meets BadInput in the body, all raise it, and none is left waiting for it. The body may take one rank
+    (often rank 0) as long as it likes: a thread tells the others that it is alive."""
+    mine, errors, done, meeting = None, [None] * dist.get_world_size(), threading.Event(), next(meetings)
+    store = dist.distributed_c10d._get_default_store()
+
+    def sign_of_life():
+        while not done.wait(1):
+            store.add(f"alive {dist.get_rank()}", 1)
+
+    threading.Thread(target=sign_of_life, daemon=True).start()
     try:
         yield
     except BadInput as error:
         mine = str(error)
+    finally:
+        done.set()
+    store.set(f"{meeting} {dist.get_rank()}", "here")
+    for rank in range(len(errors)):
+        life, since = None, time.monotonic()
+        while not store.check([f"{meeting} {rank}"]):
+            if (now := store.add(f"alive {rank}", 0)) != life:
+                life, since = now, time.monotonic()
+            if time.monotonic() - since > patience:
+                raise TimeoutError(f"rank {rank} has been silent for {patience:.0f} s")
+            time.sleep(0.02)
     dist.all_gather_object(errors, mine)
     if any(errors):
-        raise BadInput(next(e for e in errors if e))
+        raise Agreed(next(e for e in errors if e))
 
 def sum_over_ranks(*numbers):
     """The sum over ranks of each number, in float64."""
     x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(x)
+    return x.tolist()
+
+def max_over_ranks(*numbers):
+    """The largest of each number over the ranks."""
+    x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
 
 def accumulate(args, flag, batch, world):
@@ -281,6 +331,7 @@ def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
 
 WRITTEN = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl", "reward_stats.json",
            "curves.png"]
+PARTS = ["critic", "ema", "checkpoints"]
 
 def check_folders(args, adapter, *folders):
     """BadInput where --out is a folder that is read, or holds another run, or where --lora-rank asks for an adapter
@@ -290,26 +341,24 @@ def check_folders(args, adapter, *folders):
     read = [folder.resolve() for folder in (adapter, *folders) if folder]
     if any((Path(args.out) / part).resolve() in read for part in ("", "critic", "ema")):
         raise BadInput(f"--out {args.out}: is a folder that this run reads; choose another")
-    if not args.overwrite and any((Path(args.out) / name).exists() for name in WRITTEN):
-        raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, or --overwrite")
-
-def start_run(args, rank):
-    """Rank 0 makes --out and writes args.json; BadInput where it cannot be written."""
-    out = Path(args.out)
-    torch.manual_seed(args.seed + rank)      # the new weights are made; dropout differs between ranks
-    if rank:
+    if dist.get_rank():                      # its machine may have another disk, with nothing but checkpoints
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:                 # an adapter_config.json left behind would win over the new full model
-            (out / name).unlink(missing_ok=True)
-        for part in ("critic", "ema"):
-            shutil.rmtree(out / part, ignore_errors=True)
-        versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
-        flags = {**vars(args), "world_size": dist.get_world_size(), "versions": versions}
-        (out / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
+    there = [name for name in [*WRITTEN, "checkpoints"] if (Path(args.out) / name).exists()]
+    if there and args.resume and "args.json" not in there:
+        raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or --overwrite")
+    if there and not args.overwrite and not args.resume:
+        raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, --resume the run, or "
+                       f"--overwrite it")
+
+class AdamW(torch.optim.AdamW):
+    """Skips a gradient that is not finite. DeepSpeed looks for one only under ZeRO; it reads `overflow` here."""
+    overflow = False
+
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not math.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if not self.overflow:
+            super().step(closure)
 
 def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     """A DeepSpeed engine that trains these parameters of model: AdamW, warm-up and cosine over `steps`."""
@@ -320,7 +369,8 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     # weight decay pulls matrices towards 0; a norm's weight belongs near 1. An empty group would crash DeepSpeed
     groups = [{"params": [p for p in trained if len(shapes[p]) >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if len(shapes[p]) < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
+    kind = torch.optim.AdamW if args.zero_stage else AdamW
+    optimizer = kind([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
     warmup = max(1, round(args.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warmup) * 0.5 * (
         1 + math.cos(math.pi * min(1, max(0, n + 1 - warmup) / max(1, steps - warmup + 1)))))
@@ -330,7 +380,19 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
                                     "stage3_prefetch_bucket_size": 0},       # two engines on one base: none ahead
               "zero_allow_untested_optimizer": True,               # torch's AdamW: DeepSpeed's own compiles C++
               "gradient_clipping": args.grad_clip, "steps_per_print": 10**9}
-    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine.bad = 0                           # updates skipped in a row
+    return engine
+
+def descend(engine, loss):
+    """One backward pass and, where it ends an accumulation, an update; counts in engine.bad the updates in a row that
+    were skipped because their gradient was not finite."""
+    skipped = engine.skipped_steps
+    engine.backward(loss)
+    updates = engine.is_gradient_accumulation_boundary()
+    engine.step()
+    if updates:
+        engine.bad = engine.bad + 1 if engine.skipped_steps > skipped else 0
 
 def engine_metrics(engine):
     norm = engine.get_global_grad_norm()     # None under ZeRO-0 in float32
@@ -338,12 +400,13 @@ def engine_metrics(engine):
 
 class Log:
     """metrics.jsonl, a line per logged step, curves.png drawn from it, and the progress bar; rank 0 alone."""
-    def __init__(self, args, steps, rank, curves):
+    def __init__(self, args, steps, rank, curves, start=0):
         self.out, self.curves, self.drawn = Path(args.out), curves, time.perf_counter()
-        self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "w")
+        self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "a")
         # disable=None: the bar is only on a terminal
-        self.bar = tqdm(total=steps, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
-        self.every, self.steps, self.n, self.tokens, self.since = args.log_every, steps, 0, 0, time.perf_counter()
+        self.bar = tqdm(total=steps, initial=start, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
+        self.every, self.steps, self.n, self.tokens, self.since = args.log_every, steps, start, 0, time.perf_counter()
+        self.warned = set()
 
     def step(self, tokens, **metrics):
         """After each step: tokens it took in, what it measured."""
@@ -358,11 +421,25 @@ class Log:
     def line(self, **metrics):
         if self.file is None:
             return
-        print(json.dumps(metrics), file=self.file, flush=True)
+        try:
+            if not (self.out / "metrics.jsonl").exists():          # lines would go nowhere without a word
+                raise BadInput(f"{self.out}: the folder, or its metrics.jsonl, has vanished while the run was writing it")
+            # JSON knows no NaN
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            print(json.dumps(finite), file=self.file, flush=True)
+        except OSError as error:
+            raise BadInput(f"{self.out / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
         self.since = self.since if self.tokens else time.perf_counter()      # tokens_per_s is without evaluation
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         if time.perf_counter() - self.drawn > 60:
             self.draw()
+
+    def warn(self, when, text):
+        """Says the text once in a run, the first time that `when` is true."""
+        if when and text not in self.warned:
+            self.warned.add(text)
+            if self.file:
+                tqdm.write(f"warning: step {self.n}: {text}", file=sys.stderr)
 
     def draw(self):
         """curves.png: a panel for each of curves {title: metrics}, a smooth line over raw points."""
@@ -376,7 +453,7 @@ class Log:
         panels = {title: shown for title, keys in self.curves.items() if (shown := [k for k in keys if k in known])}
         columns = min(3, len(panels))
         figure = Figure((4.5 * columns, 3.2 * math.ceil(len(panels) / columns)), dpi=110, layout="constrained")
-        figure.suptitle(str(self.out))
+        figure.suptitle(str(self.out), parse_math=False)
         for n, (title, keys) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, n, title=title, xlabel="step")
             for key in keys:
@@ -394,20 +471,24 @@ class Log:
         self.bar.close()
         if self.file:
             self.file.close()
-            self.draw()
+            try:
+                self.draw()
+            except OSError as error:
+                say(f"no curves.png: {error.strerror}")
             if not (self.out / "curves.png").exists():
                 say("no curves.png: matplotlib is not installed")
 
-def gathered(model):
-    """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds them whole."""
+def gathered(parameters):
+    """Under ZeRO-3 the weights lie in pieces on all ranks; inside this context every rank holds these whole."""
     import deepspeed
-    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
     """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
     average: pairs (parameter, its moving average), which then takes the parameter's place."""
-    with gathered(model):
+    needed = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter)
+    with gathered(model.parameters()), together(), writing(out, needed):
         for parameter, mean in average:
             parameter.data.copy_(mean)
         if rank == 0:
@@ -422,22 +503,291 @@ def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
                 (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
     say(f"wrote {out}")
 
+@contextmanager
+def writing(path, needed=0, flag=""):
+    """What a full disk, a missing permission or a vanished folder raise becomes BadInput, with the path, how many bytes are
+    needed and how many are left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:      # torch and safetensors wrap the system's errors
+        there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+        free, why = shutil.disk_usage(there).free, getattr(error, "strerror", None) or str(error).splitlines()[0]
+        room = f"; {max(1, needed / 1e6):,.0f} MB are needed, {free / 1e6:,.0f} MB are free" if needed else ""
+        raise BadInput(f"{flag}{path}: cannot be written ({why}){room}") from None
+
+# ------------------------------------------------------------------------------------------------ never lose a run
+# these may differ when a run is resumed; they change where it writes, what it logs, or how fast it is
+FREE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank", "micro_batch",
+        "checkpointing", "zero_stage", "world_size", "versions", "finished"}
+stop = {"signal": 0, "at": 0.0, "wait": False}                     # what this rank was told, when, and whether to wait
+
+def on_signal(number, frame):
+    """Once training has begun, the first SIGINT or SIGTERM stops at the end of the step; one that comes more than five
+    seconds later (the launcher sends two), or before training, at once."""
+    if stop["signal"] and time.monotonic() - stop["at"] < 5:
+        return
+    if stop["signal"] or not stop["wait"]:
+        raise SystemExit(128 + number)
+    stop.update(signal=number, at=time.monotonic())
+    if os.environ["RANK"] == "0":
+        print("stopping after this step; tell it again after five seconds to leave at once", file=sys.stderr, flush=True)
+
+class RunState:
+    """All that a run needs to go on as if it had not been interrupted, in OUT/checkpoints/step-N: weights.safetensors, the
+    trained weights; rank-R.pt, the optimisers and random generators of each rank; run.json, the flags, the sizes of the
+    logs and what the loop keeps; manifest.json, size and SHA-256 of each. It is written as step-N.tmp, and gets its
+    name when it is whole. The ranks' files may lie on one disk or on a disk per machine."""
+    def __init__(self, args, lengths):
+        """Makes --out with args.json; or with --resume, all ranks agree on a checkpoint to go on from."""
+        self.args, self.out, self.rank, self.world = args, Path(args.out), dist.get_rank(), dist.get_world_size()
+        self.first = int(os.environ.get("LOCAL_RANK", 0)) == 0     # of its machine
+        self.folder, self.saved, self.engines, self.weights = self.out / "checkpoints", time.monotonic(), {}, {}
+        self.step, self.own, self.source, self.same = 0, {}, None, True
+        torch.manual_seed(args.seed + self.rank)                   # new weights are made; dropout differs between ranks
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
+        flags = {**vars(args), "world_size": self.world, "versions": versions, "rows": len(lengths), "tokens": sum(lengths)}
+        self.flags = json.loads(json.dumps(flags))                 # as they will be read
+        if args.resume:
+            self.find()
+        with together(), writing(self.out, flag="--out "):
+            if self.first and not self.step:
+                for part in PARTS:
+                    shutil.rmtree(self.out / part, ignore_errors=True)
+            if self.rank == 0 and not self.step:
+                self.out.mkdir(parents=True, exist_ok=True)
+                for name in WRITTEN:         # an adapter_config.json left behind would win over the new full model
+                    (self.out / name).unlink(missing_ok=True)
+                (self.out / "args.json").write_text(json.dumps(self.flags, indent=2) + "\n")
+
+    def find(self):
+        """Chooses the newest step whose files every rank finds whole, and reads its run.json."""
+        with together():
+            there = self.rank == 0 and (self.out / "args.json").exists()
+            complete = there and read_json(self.out / "args.json").get("finished", False)
+            mine = {step: mark for step in self.steps() if (mark := self.verify(step))}
+        if max_over_ranks(complete)[0]:
+            say(f"{self.out}: this run is complete, there is nothing to resume")
+            finish()
+            raise SystemExit(0)
+        everyones = [None] * self.world
+        dist.all_gather_object(everyones, mine)
+        # the same manifest everywhere: on a disk of its own, another run's may have been left
+        common = [step for step, mark in mine.items() if all(some.get(step) == mark for some in everyones)]
+        if not common:
+            say(f"{self.out}: no checkpoint to resume from, so the run starts at its beginning")
+            return
+        self.step = max(common)
+        self.source = self.folder / f"step-{self.step}"
+        with together():
+            run = [read_json(self.source / "run.json") if self.rank == 0 else None]
+        dist.broadcast_object_list(run)
+        self.own, then = run[0]["own"], run[0]["flags"]
+        changed = sorted(k for k in {*then, *self.flags} if then.get(k) != self.flags.get(k))
+        named = [f"{k} {then.get(k)!r} -> {self.flags.get(k)!r}" for k in changed]
+        with together():
+            if other := [text for k, text in zip(changed, named) if k not in FREE]:
+                raise BadInput(f"--resume {self.out}: {other[0]} would make it another run; choose another --out")
+        self.same = not {"world_size", "zero_stage"} & set(changed)
+        named = [text for k, text in zip(changed, named) if k not in ("out", "overwrite", "resume")]
+        say(f"resuming {self.out} after step {self.step}" + (f"; changed: {', '.join(named)}" if named else "")
+            + ("" if self.same else "; so the weights are kept, and the optimisers' moments start anew"))
+        with together(), writing(self.out):  # lines that came after the checkpoint are written again
+            for name, size in run[0]["sizes"].items() if self.rank == 0 else ():
+                os.truncate(self.out / name, min(size, (self.out / name).stat().st_size))
+
+    def steps(self):
+        """The steps that have a folder here, newest first."""
+        names = [path.name[5:] for path in self.folder.glob("step-*")]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def verify(self, step):
+        """The manifest's own digest where the files that this rank reads of a checkpoint are as it says, else None."""
+        folder = self.folder / f"step-{step}"
+        try:
+            manifest = read_json(folder / "manifest.json")
+            needed = {"weights.safetensors", "run.json"} if self.rank == 0 else set()
+            for name in needed | ({f"rank-{self.rank}.pt"} & manifest.keys()):
+                if manifest.get(name) != fingerprint(folder / name):
+                    raise BadInput(f"{folder / name}: is not as the manifest says")
+            return fingerprint(folder / "manifest.json")[1]
+        except (BadInput, OSError) as error:
+            print(f"warning: a checkpoint is damaged, an older one is looked for: {error}", file=sys.stderr, flush=True)
+
+    def load_weights(self, weights):
+        """Takes {name: tensor}, to be saved from now on; on --resume rank 0 reads them, and all get them."""
+        self.weights |= weights
+        if not self.step:
+            return
+        file = safe_open(self.source / "weights.safetensors", "pt") if self.rank == 0 else None
+        for name, weight in weights.items():
+            if file:
+                weight.data.copy_(file.get_tensor(name))
+            dist.broadcast(weight.data, 0)
+
+    def load_engines(self, **engines):
+        """Takes the engines, to be saved from now on; on --resume gives them their moments and places in the schedule."""
+        self.engines, stop["wait"] = engines, True
+        if not self.step:
+            return
+        for name, engine in engines.items():
+            engine.lr_scheduler.load_state_dict(self.own["schedules"][name])
+            engine.skipped_steps = self.own["skipped"][name]
+            for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
+                group["lr"] = lr
+        if self.same:
+            mine = torch.load(self.source / f"rank-{self.rank}.pt", map_location="cpu", weights_only=False)
+            for name, engine in engines.items():
+                if self.args.zero_stage:     # DeepSpeed picks this rank's from a list of all ranks'
+                    engine.optimizer.load_state_dict([mine[name]] * self.world, load_from_fp32_weights=True)
+                else:
+                    engine.optimizer.load_state_dict(mine[name])
+            torch.set_rng_state(mine["random"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(mine["cuda"])
+
+    def after(self, step, rows, log, **own):
+        """After each step but the last, on all ranks alike: stops a run that has gone bad or was told to stop, and
+        saves now and then. rows are the numbers of the rows of the step, own is what the loop keeps."""
+        if any(engine.bad >= 5 for engine in self.engines.values()):
+            with together():
+                self.check_updates(step, rows)
+        every = self.args.save_every
+        due = step % every == 0 if every else time.monotonic() - self.saved > 15 * 60
+        number, due = max_over_ranks(stop["signal"], due and self.rank == 0)
+        if due or number:
+            self.save(step, own)
+        if number:
+            say(f"stopped by {signal.Signals(int(number)).name} after step {step}; --resume goes on from there")
+            log.close()
+            finish()
+            raise SystemExit(128 + int(number))
+
+    def check_updates(self, step, rows):
+        """BadInput where five updates in a row were skipped; fp16 skips some on purpose, to find its scale."""
+        for name, engine in self.engines.items():
+            if engine.bad >= 5 and not (engine.fp16_enabled() and engine.optimizer.loss_scale > 1):
+                last = next((f"step-{s}" for s in self.steps()), "there is none")
+                raise BadInput(f"step {step}: the last {engine.bad} gradients of the {name} were not finite, and the rate may "
+                               f"be too high; rows of the data in this step: {rows}; last checkpoint: {last}")
+
+    def save(self, step, own):
+        """Writes a checkpoint: each rank its part, then rank 0 the manifest and the name, and where the disk is not rank
+        0's, the first rank of that machine."""
+        part = self.folder / f"step-{step}.tmp"
+        own |= {"schedules": {name: engine.lr_scheduler.state_dict() for name, engine in self.engines.items()},
+                "skipped": {name: engine.skipped_steps for name, engine in self.engines.items()}}
+        with together(), writing(part):
+            if self.rank == 0 and not self.out.exists():
+                raise BadInput(f"{self.out}: the folder has vanished")
+            for old in self.folder.glob("*.tmp") if self.first else ():            # an interrupted save's
+                shutil.rmtree(old, ignore_errors=True)
+        # of each weight itself, its copy in float32 and two moments
+        needed = sum(w.nbytes + 12 * getattr(w, "ds_numel", w.numel()) for w in self.weights.values())
+        with gathered(self.weights.values()), together(), writing(part, needed):
+            part.mkdir(parents=True, exist_ok=True)
+            mine = {name: engine.optimizer.state_dict() for name, engine in self.engines.items()}
+            mine["random"] = torch.get_rng_state()
+            if torch.cuda.is_available():
+                mine["cuda"] = torch.cuda.get_rng_state()
+            torch.save(mine, part / f"rank-{self.rank}.pt")
+            if self.rank == 0:
+                save_file({n: w.detach().cpu().contiguous() for n, w in self.weights.items()}, part / "weights.safetensors")
+                sizes = {name: (self.out / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")
+                         if (self.out / name).exists()}
+                (part / "run.json").write_text(json.dumps({"step": step, "flags": self.flags, "sizes": sizes, "own": own}))
+            names = [f"rank-{self.rank}.pt"] + ["weights.safetensors", "run.json"] * (self.rank == 0)
+            prints = {name: fingerprint(part / name, sync=True) for name in names}
+        everyones = [None] * self.world
+        dist.all_gather_object(everyones, prints)
+        manifest = {name: mark for some in everyones for name, mark in some.items()}
+        for turn in (self.rank == 0, self.rank > 0 and self.first):
+            with together(), writing(part):
+                if turn and part.exists():
+                    self.publish(part, manifest)
+        self.saved = time.monotonic()
+
+    def publish(self, part, manifest):
+        """The last act of a checkpoint, after which it counts; of those before, one is kept."""
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        fingerprint(part / "manifest.json", sync=True)
+        shutil.rmtree(part.with_suffix(""), ignore_errors=True)    # there, damaged, where the run was resumed before it
+        part.rename(part.with_suffix(""))
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        os.fsync(descriptor)                 # the name is on the disk too
+        os.close(descriptor)
+        for old in self.steps()[2:]:
+            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def finish(self, log):
+        """After the model is saved: marks the run as complete, and leaves."""
+        if self.rank == 0:
+            with writing(self.out):
+                (self.out / "args.json").write_text(json.dumps({**self.flags, "finished": True}, indent=2) + "\n")
+        log.close()
+        finish()
+
+def fingerprint(file, sync=False):
+    """[size, SHA-256] of a file; sync: it is on the disk itself before this returns."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        if sync:
+            os.fsync(f.fileno())
+        while piece := f.read(2**24):
+            digest.update(piece)
+    return [file.stat().st_size, digest.hexdigest()]
+
 def finish():
     dist.barrier()                           # without these two, some runs of two CPU ranks abort at exit
     dist.destroy_process_group()
 
 def run(main):
-    """main(); BadInput becomes one line, by rank 0, and exit status 2, on every rank."""
+    """main(), and the ways it can end. BadInput becomes one line and exit status 2. A rank that fails says why, leaves at
+    once, and those that lose touch with it leave in silence."""
+    rank = os.environ.get("RANK", "0")
     try:
         main()
-    except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":
+    except Agreed as error:                  # by all ranks at one place
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not dist.is_initialized():
-            time.sleep(5)                    # the launcher kills rank 0 soon after another has left: let it speak
-        if dist.is_initialized():
-            finish()
+        finish()
         sys.exit(2)
+    except BadInput as error:
+        if rank == "0" or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)                    # the launcher kills rank 0 soon after another has left: let it speak
+        leave(2)
+    except (SystemExit, KeyboardInterrupt) as error:
+        leave(130 if isinstance(error, KeyboardInterrupt) else error.code or 0)
+    except Exception as error:
+        if isinstance(error, TimeoutError | dist.DistError) or "gloo" in str(error):
+            if not another_spoke():
+                print(f"error: rank {rank} has lost touch with another rank ({str(error).splitlines()[0]}); the "
+                      f"launcher names one that was killed", file=sys.stderr, flush=True)
+        else:
+            if dist.is_initialized():
+                dist.distributed_c10d._get_default_store().set("failed", rank)
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
+
+def another_spoke():
+    """Whether a rank has failed and said why, or rank 0, which keeps the store of such words, is gone."""
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                   # the store complains in C++, with a stack
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=5))
+        return store.check(["failed"])
+    except Exception:
+        return True
+    finally:
+        os.dup2(stderr, 2)
+
+def leave(status):
+    """Without the end of the interpreter, in which threads of a broken process group wait or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 if __name__ == "__main__":
     run(main)

@@ -120,3 +120,13 @@ def run_script(script, *args, ranks=0, timeout=300, env=None):
 def metrics(out):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="kill, damage and fuzz many times instead of a few")
+
+
+@pytest.fixture(scope="session")
+def full(request):
+    """Whether the long tests of faults are asked for (./run.sh faults)."""
+    return request.config.getoption("--full")

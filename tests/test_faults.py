@@ -1,0 +1,324 @@
+"""Runs that are killed, told to stop, run out of disk or meet bad numbers: what was saved is whole, and goes on as if nothing
+had happened. `./run.sh faults` (pytest --full) does the same many times over."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import REPO, metrics, run_script
+from test_trainers import LORA, PPO, SUPERVISED, inputs, trained  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.slow
+
+SHORT = {"--steps": "12", "--save-every": "2", "--log-every": "1"}
+LONG = {"--steps": "150", "--save-every": "5", "--log-every": "1"}
+JOBS = {"sft": f"--model $talker --lora-dropout 0.1 {LORA} {SUPERVISED}",
+        "reward": f"--model $talker {SUPERVISED}",
+        "ppo": f"--actor @sft --reward @reward --ema 0.9 --kl-target 0.01 --ptx-data $text --reward-norm rollout {PPO}"}
+
+
+@pytest.fixture(scope="session")
+def command(inputs, trained):
+    """command(job, out, flags): the words of a run of this job."""
+    def command(job, out, flags, *more):
+        words = [str(trained(w[1:])) if w[0] == "@" else str(inputs.get(w, w)) for w in JOBS[job].split()]
+        for flag, value in flags.items():    # the last of two counts, in argparse
+            words += [flag, value]
+        return [*words, "--out", str(out), *more]
+    return command
+
+
+def start(job, words, ranks=0, **popen):
+    """The process, in a group of its own."""
+    python = Path(sys.executable)
+    launch = [str(python)] if not ranks else [str(python.parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port",
+                                              str(random.randint(20000, 40000))]
+    return subprocess.Popen([*launch, f"{job}.py", *words], cwd=REPO, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def complete(job, words, ranks=0):
+    done = run_script(f"{job}.py", *words, ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def wait_for_step(out, process, beyond, timeout=60):
+    """Waits until the run has logged a step greater than `beyond`; False where it has ended."""
+    end = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < end:
+        if last_step(out) > beyond:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def last_step(out):
+    try:
+        return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return -1
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
+
+
+def record(out):
+    """What a run leaves, but for times: its lines, its samples and its weights, bit for bit."""
+    lines = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in metrics(out)]
+    samples = (out / "samples.jsonl").read_text() if (out / "samples.jsonl").exists() else None
+    weights = {str(file.relative_to(out)): load_file(file) for file in sorted(out.glob("*.safetensors"))
+               + sorted(out.glob("ema/*.safetensors"))}
+    assert weights
+    return lines, samples, weights
+
+
+def assert_same(out, expected):
+    lines, samples, weights = record(out)
+    assert lines == expected[0] and samples == expected[1]
+    assert weights.keys() == expected[2].keys()
+    for file, tensors in weights.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[2][file][name]), (file, name)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(command, tmp_path_factory):
+    """uninterrupted(job, ranks, flags): the record of a run that nobody disturbs."""
+    kept = {}
+
+    def uninterrupted(job, ranks=0, flags=SHORT):
+        key = job, ranks, flags["--steps"]
+        if key not in kept:
+            out = tmp_path_factory.mktemp("uninterrupted") / job
+            complete(job, command(job, out, flags), ranks)
+            kept[key] = record(out)
+        return kept[key]
+    return uninterrupted
+
+
+@pytest.mark.parametrize("job, ranks", [("sft", 0), ("reward", 0), ("ppo", 0), ("ppo", 2)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(job, ranks, command, uninterrupted, tmp_path, full):
+    kills, flags, rng = (20, LONG, random.Random(job)) if full else (2, SHORT, random.Random(job))
+    out, left, said = tmp_path / "run", kills, ""
+    while left:
+        process = start(job, command(job, out, flags, "--resume"), ranks)
+        before = last_step(out)
+        # now and then in the midst of starting, else some moment after a step
+        if rng.random() < 0.1:
+            time.sleep(rng.uniform(0, 5))
+        elif wait_for_step(out, process, before if "resuming" not in said else -1):
+            time.sleep(rng.uniform(0, 0.6))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0][-3000:]
+            break
+        said = kill(process)
+        left -= 1
+    assert left < kills
+    said = complete(job, command(job, out, flags, "--resume"), ranks)
+    print(f"{job} on {ranks or 1} ranks: {kills - left} kills")
+    assert_same(out, uninterrupted(job, ranks, flags))
+    assert not list(out.glob("checkpoints/*.tmp")) or "resuming" in said
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on_from_there(number, status, command, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    flags = {**SHORT, "--save-every": "1000"}
+    process = start("sft", command("sft", out, flags))
+    assert wait_for_step(out, process, 1)
+    process.send_signal(number)
+    process.send_signal(number)              # within five seconds two count as one
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    assert f"stopped by {signal.Signals(number).name} after step" in said and "Traceback" not in said
+    (saved,) = out.glob("checkpoints/*")
+    assert saved.name == f"step-{last_step(out)}"
+    said = complete("sft", command("sft", out, flags, "--resume"))
+    assert f"resuming {out} after {saved.name.replace('-', ' ')}" in said
+    assert_same(out, uninterrupted("sft"))
+
+
+def test_a_signal_to_one_rank_stops_both_and_saves(command, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = start("ppo", command("ppo", out, {**SHORT, "--save-every": "1000"}), ranks=2)
+    assert wait_for_step(out, process, 1)
+    ranks = subprocess.run(["pgrep", "-f", f"ppo.py --local_rank=1.*{out}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode and "stopped by SIGTERM after step" in said and "Traceback" not in said, said
+    complete("ppo", command("ppo", out, SHORT, "--resume"), ranks=2)
+    assert_same(out, uninterrupted("ppo", 2))
+
+
+@pytest.fixture(scope="session")
+def stopped(command, tmp_path_factory):
+    """A copy of a run of sft.py that was stopped after step 4, with the checkpoints of steps 2 and 4."""
+    root = tmp_path_factory.mktemp("stopped")
+    out = root / "run"
+    process = start("sft", command("sft", out, SHORT))
+    assert wait_for_step(out, process, 4)
+    kill(process)
+    for later in out.glob("checkpoints/*"):
+        if later.name not in ("step-2", "step-4"):
+            shutil.rmtree(later)
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-2", "step-4"]
+
+    def stopped(to):
+        shutil.copytree(out, to)
+        return to
+    return stopped
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "rank-0.pt", "run.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, damage, stopped, command, uninterrupted, tmp_path):
+    if (file, damage) not in {("weights.safetensors", "cut"), ("rank-0.pt", "flipped"), ("manifest.json", "gone")}:
+        pytest.skip("three of the twelve are enough in a run of the tests")
+    out = stopped(tmp_path / "run")
+    target = out / "checkpoints" / "step-4" / file
+    content = bytearray(target.read_bytes())
+    target.unlink()
+    if damage == "cut":
+        target.write_bytes(content[:len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+    said = complete("sft", command("sft", out, SHORT, "--resume"))
+    assert f"resuming {out} after step 2" in said and str(target) in said and "damaged" in said
+    assert_same(out, uninterrupted("sft"))
+
+
+def test_flags_that_make_it_another_run_are_refused_and_others_named(stopped, command, tmp_path):
+    out = stopped(tmp_path / "run")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    done = run_script("sft.py", *command("sft", out, {**SHORT, "--lr": "5e-4"}, "--resume"))
+    assert done.returncode == 2 and "lr 0.001 -> 0.0005" in done.stderr and "Traceback" not in done.stderr
+    done = run_script("sft.py", *command("sft", out, SHORT))       # and without --resume it is not written over
+    assert done.returncode == 2 and "--resume" in done.stderr and "--overwrite" in done.stderr
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    said = complete("sft", command("sft", out, {**SHORT, "--log-every": "2"}, "--resume"))
+    assert "changed: log_every 1 -> 2" in said
+    said = complete("sft", command("sft", out, SHORT, "--resume"))
+    assert "complete" in said
+
+
+def test_on_another_number_of_ranks_the_weights_are_kept_and_the_moments_start_anew(stopped, command, tmp_path):
+    out = stopped(tmp_path / "run")
+    said = complete("sft", command("sft", out, SHORT, "--resume"), ranks=2)
+    assert "world_size 1 -> 2" in said and "moments start anew" in said
+    steps = [line["step"] for line in metrics(out) if "loss" in line]
+    assert steps == list(range(1, 13))       # no line twice, none missing
+
+
+def test_two_checkpoints_are_kept_and_hold_no_frozen_weight(command, tmp_path):
+    out = tmp_path / "run"
+    complete("sft", command("sft", out, SHORT))
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-10", "step-8"]
+    names = list(load_file(out / "checkpoints" / "step-10" / "weights.safetensors"))
+    assert names and all(".lora_" in name for name in names)
+
+
+FAULTY = """
+import os, sys, time
+sys.path.insert(0, {repo!r})
+sys.argv[0] = {script!r}
+import torch, sft, {script}
+{fault}
+sft.run({script}.main)
+"""
+DISK = """
+save = sft.save_file
+def full(tensors, path, *more):
+    if "step-6" in str(path):
+        with open("/dev/full", "wb") as file:
+            file.write(b"x" * 100000)
+    save(tensors, path, *more)
+sft.save_file = full
+"""
+RAISES = """
+after = sft.RunState.after
+def fault(self, step, *more, **own):
+    if step == 3 and self.rank == {rank}:
+        {what}
+    after(self, step, *more, **own)
+sft.RunState.after = fault
+"""
+
+
+def run_faulty(job, fault, words, tmp_path, ranks=0, timeout=120):
+    """Runs a trainer with a fault put in; (its exit status, what it said, seconds)."""
+    script = tmp_path / f"faulty_{job}.py"
+    script.write_text(FAULTY.format(repo=str(REPO), script=job, fault=fault))
+    begin = time.monotonic()
+    done = run_script(script, *words, ranks=ranks, timeout=timeout, env={"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_is_said_with_its_path_and_the_checkpoint_before_is_whole(ranks, command, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    status, said, _ = run_faulty("sft", DISK, command("sft", out, SHORT), tmp_path, ranks)
+    (line,) = [line for line in said.splitlines() if "error: " in line]
+    assert status == 2 and "step-6.tmp" in line and "No space left" in line and "MB" in line and "Traceback" not in said
+    said = complete("sft", command("sft", out, SHORT, "--resume"), ranks)
+    assert f"resuming {out} after step 4" in said
+    assert_same(out, uninterrupted("sft", ranks))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what, words", [("raise ArithmeticError('this one')", "ArithmeticError: this one"),
+                                         ("os.kill(os.getpid(), 9)", "return code = -9")])
+def test_a_rank_that_dies_ends_the_job_with_its_own_words_last(rank, what, words, command, tmp_path):
+    status, said, seconds = run_faulty("sft", RAISES.format(rank=rank, what=what), command("sft", tmp_path / "run", SHORT),
+                                       tmp_path, ranks=2)
+    assert status and words in said and said.count("Traceback") == words.startswith("Arith")
+    assert seconds < 90                      # of which some are its start
+    ours = [line for line in said.splitlines() if line.strip() and "launch.py" not in line and "[INFO]" not in line]
+    assert words.startswith("return") or "this one" in ours[-1], ours[-5:]
+
+
+def test_a_rank_that_stalls_ends_the_job(command, tmp_path, full):
+    words = command("sft", tmp_path / "run", SHORT, "--timeout", "30" if full else "10")
+    status, said, seconds = run_faulty("sft", RAISES.format(rank=1, what="time.sleep(1000)"), words, tmp_path, ranks=2)
+    assert status and "lost touch" in said and seconds < 30 + 30 + 15
+
+
+NAN = """
+descend, count = sft.descend, 0
+def bad(engine, loss):
+    global count
+    count += 1
+    descend(engine, loss * float("nan") if count in {at} else loss)
+sft.descend = {script}.descend = bad
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(stage, command, tmp_path):
+    fault = NAN.format(script="reward", at=(2, 3))
+    status, said, _ = run_faulty("reward", fault, command("reward", tmp_path / "run", {
+        **SHORT, "--zero-stage": str(stage), "--micro-batch": "8"}), tmp_path)
+    assert status == 0, said
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["skipped"] for line in lines[:4]] == [0, 1, 2, 2] and lines[1].get("grad_norm") is None
+    assert all(line["accuracy"] is not None for line in metrics(tmp_path / "run") if "accuracy" in line)
+
+
+def test_five_in_a_row_end_the_run_with_the_step_the_rows_and_the_last_good_checkpoint(command, tmp_path):
+    fault = NAN.format(script="reward", at=range(5, 99))
+    status, said, _ = run_faulty("reward", fault, command("reward", tmp_path / "run", {**SHORT, "--micro-batch": "8"}), tmp_path)
+    (line,) = [line for line in said.splitlines() if "error: " in line]
+    assert status == 2 and "step 9:" in line and "rows of the data" in line and "step-8" in line
