@@ -12,6 +12,7 @@ share one LLaMA in memory: a role is the base with the adapter of its name switc
 """
 import argparse
 import json
+import math
 import operator
 import re
 import shutil
@@ -171,8 +172,8 @@ def read_adapter_config(path):
             re.compile(pattern)
             if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
                 raise ValueError(f"the pattern {pattern!r} repeats so much that it could take forever")
-        sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
-        if min(map(operator.index, [config["r"], *ranks.values()])) < 1 or not targets:
+        numbers = [config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()]
+        if not math.isfinite(sum(numbers)) or min(map(operator.index, [config["r"], *ranks.values()])) < 1 or not targets:
             raise ValueError(f"r {config['r']}, target_modules {targets}")
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         why = f"{type(error).__name__}: {error}"

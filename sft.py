@@ -761,9 +761,11 @@ def run(main):
         leave(130 if isinstance(error, KeyboardInterrupt) else error.code or 0)
     except Exception as error:
         if isinstance(error, TimeoutError | dist.DistError) or "gloo" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)          # the launcher's: there is no step to end any more
             if not another_spoke():
                 print(f"error: rank {rank} has lost touch with another rank ({str(error).splitlines()[0]}); the "
                       f"launcher names one that was killed", file=sys.stderr, flush=True)
+            time.sleep(3)                    # or the launcher might name this one
         else:
             if dist.is_initialized():
                 dist.distributed_c10d._get_default_store().set("failed", rank)

@@ -1,0 +1,44 @@
+"""How much memory a rank needs for weights, gradients and optimiser, by ZeRO stage; without activations and KV cache.
+
+Of each weight that is trained there is, in b bytes (2 in bf16, 4 in float32), the weight and its gradient; in float32 two
+moments, and under ZeRO (or in bf16) a copy of the weight and, while an update is made, one of the gradient. Stage 1 divides
+what is in float32 by the ranks, stage 2 the gradients too, stage 3 the weights too. Gradients travel in buckets; stage 3 holds
+up to a billion weights whole for the layers at work. A frozen weight is b bytes. The formulas are those of DeepSpeed 0.19, and
+tests/test_memory.py holds them against what ranks take.
+
+    python bench/memory.py                    # the README's table
+"""
+BUCKET, ALLREDUCE, LIVE = 50_000_000, 500_000_000, 1_000_000_000   # elements
+CARDS = (24, 40, 80)
+MODELS = {"1B": 1.1e9, "7B": 6.7e9, "13B": 13e9}
+
+
+def rank_bytes(trained, frozen=0, apart=0, ranks=1, stage=2, width=2):
+    """Bytes on each rank for weights that are trained, frozen in a trained network, and in networks apart (which no stage
+    divides); width is the bytes of a weight in the network."""
+    weights = width * (apart + (frozen + trained) / (ranks if stage == 3 else 1))
+    gradients = width * trained / (ranks if stage >= 2 else 1)
+    in_float32 = (8 if stage == 0 and width == 4 else 12 if stage == 0 else 16) * trained / (ranks if stage else 1)
+    bucket = width * min(trained, BUCKET if stage else ALLREDUCE)
+    whole = bucket + width * min(frozen + trained, LIVE) if stage == 3 else 0
+    loaded = width * (apart + frozen + trained)                    # every rank reads all of it first, whatever the stage
+    return max(loaded, weights + gradients + in_float32 + bucket + whole)
+
+
+def main():
+    lora = 0.003                             # share of the weights: rank 8 on all seven projections of a 7B
+    kinds = {"sft.py, full": lambda n: (n, 0, 0), "sft.py, LoRA": lambda n: (lora * n, n, 0),
+             "ppo.py, full": lambda n: (2 * n, 0, 2 * n), "ppo.py, LoRA, one base": lambda n: (2 * lora * n, (1 + 2 * lora) * n, 0)}
+    print(f"| GB per GPU, bf16 | ZeRO-2, 1 GPU | ZeRO-2, 8 GPUs | ZeRO-3, 8 GPUs | smallest stage that fits 8 x {CARDS} GB |")
+    print("|---|---|---|---|---|")
+    for size, n in MODELS.items():
+        for kind, split in kinds.items():
+            needs = {(stage, ranks): rank_bytes(*split(n), ranks, stage) / 1e9 for stage in range(4) for ranks in (1, 8)}
+            # a fifth of the card is left for activations, KV cache and logits
+            fits = [next((f"ZeRO-{s}" for s in range(4) if needs[s, 8] < 0.8 * card), "-") for card in CARDS]
+            print(f"| {size}, {kind} | " + " | ".join(f"{needs[at]:.1f}" for at in ((2, 1), (2, 8), (3, 8)))
+                  + f" | {', '.join(fits)} |")
+
+
+if __name__ == "__main__":
+    main()

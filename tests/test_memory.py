@@ -1,0 +1,58 @@
+"""bench/memory.py against the memory that ranks really take."""
+import sys
+
+import pytest
+
+from conftest import REPO, run_script, tiny_llama
+from llama import copy_tokenizer
+
+sys.path.append(str(REPO / "bench"))
+from memory import rank_bytes  # noqa: E402
+
+SIZES = {"small": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
+         "large": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10)}
+# Prints each rank's peak in training: from the first evaluation, when the model is loaded, to the saving.
+MEASURED = """
+import sys, threading, time
+sys.path.insert(0, {repo!r})
+sys.argv[0] = "sft"
+import psutil, sft
+
+perplexity, save, peak = sft.perplexity, sft.save, 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, psutil.Process().memory_info().rss)
+        time.sleep(0.005)
+def begin(*args):
+    sft.perplexity = perplexity
+    threading.Thread(target=watch, daemon=True).start()
+    return perplexity(*args)
+def end(*args, **more):
+    print("peak", peak, flush=True)
+    save(*args, **more)
+sft.perplexity, sft.save = begin, end
+sft.run(sft.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_the_calculator_agrees_with_measured_peaks(ranks, stage, tokenizer_file, pairs_file, tmp_path):
+    peaks, weights = {}, {}
+    (tmp_path / "measured.py").write_text(MEASURED.format(repo=str(REPO)))
+    for size, config in SIZES.items():
+        model = tiny_llama(**config, num_key_value_heads=None, head_dim=None)
+        weights[size] = sum(p.numel() for p in model.parameters())
+        model.save_pretrained(tmp_path / size)
+        copy_tokenizer(tokenizer_file.parent, tmp_path / size)
+        del model
+        done = run_script(tmp_path / "measured.py", "--model", tmp_path / size, "--data", pairs_file, "--max-len", "48", "--batch", "2",
+                          "--micro-batch", "1", "--steps", "2", "--zero-stage", stage, "--split", "none",
+                          "--out", tmp_path / f"{size}-run", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        peaks[size] = max(int(line.split()[-1]) for line in done.stdout.splitlines() if "peak " in line)
+    measured = peaks["large"] - peaks["small"]     # what the program and its libraries take is in both
+    expected = sum(sign * rank_bytes(weights[size], ranks=ranks, stage=stage, width=4) for size, sign in (("large", 1), ("small", -1)))
+    print(f"ranks {ranks} stage {stage}: measured {measured / 1e6:.0f} MB, expected {expected / 1e6:.0f} MB")
+    assert 0.85 < measured / expected < 1.15
