@@ -27,7 +27,7 @@ from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, find_tensors, load_weights, save_weights
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
 from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, load_rows,
-                 make_engine, number, parse, positive, run, save, setup, sum_over_ranks, together)
+                 make_engine, number, parse, positive, run, save, setup, sum_over_ranks, together, writing)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -196,7 +196,8 @@ def main():
     save(model, args.out, rank, tokenizer_folder, "default" if lora_layers(model) else None, full)
     if rank == 0:
         stats = {"mean": stats["mean"], "std": stats["std"], "n": len(held_out), "accuracy": stats["accuracy"]}
-        (Path(args.out) / "reward_stats.json").write_text(json.dumps(stats) + "\n")
+        with writing(args.out):
+            (Path(args.out) / "reward_stats.json").write_text(json.dumps(stats) + "\n")
     state.finish(log)
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ case "${1:-}" in
     faults)
         environment requirements.txt tests/requirements.txt
         shift
-        show python -m pytest tests/test_faults.py tests/test_fuzz.py tests/test_machines.py --full -rs -s "$@" ;;
+        show python -m pytest tests/test_{faults,fuzz,machines,memory,soak}.py --full -rs -s "$@" ;;
     bench)
         environment requirements.txt bench/requirements.txt
         for script in generate sft_step ppo_step; do show python "bench/$script.py"; done ;;

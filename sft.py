@@ -12,6 +12,7 @@
     deepspeed sft.py                                                                  # the toy: flags of toy/sft.args
 """
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -28,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -229,11 +230,15 @@ def setup(args):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    try:                                     # a tenth is for the launcher, which gives a rank 30 s to leave
+    global patience
+    patience = 0.9 * args.timeout            # a tenth is for the launcher, which gives a rank 30 s to leave
+    c10d = dist.distributed_c10d             # for DeepSpeed's own groups too
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(seconds=patience)
+    try:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False,
-                                   timeout=timedelta(seconds=0.9 * args.timeout))
-    except dist.DistNetworkError as error:   # most often another run's port
-        raise BadInput(f"the ranks cannot meet: {str(error).splitlines()[0]} (for two runs at once on one machine: "
+                                   timeout=timedelta(seconds=patience))
+    except dist.DistError as error:          # most often another run's port
+        raise CannotMeet(f"the ranks cannot meet: {str(error).splitlines()[0]} (for two runs at once on one machine: "
                        f"deepspeed --master_port 29501 ...)") from None
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -242,11 +247,10 @@ def setup(args):
         torch.backends.cuda.enable_cudnn_sdp(False)                # with a mask its gradients can be NaN (pytorch #196678)
     best = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = best if args.dtype == "auto" else args.dtype
-    if name == "fp16" and not cuda:
-        raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
-    global patience
-    patience = 0.9 * args.timeout
+    args.dtype = name
     with together():
+        if name == "fp16" and not cuda:
+            raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
         import toy                           # makes the toy world where the flags name it and it is not there
         toy.prepare(rank, *(getattr(args, name, None) for name in ("model", "actor", "reward")), *args.data)
     torch.manual_seed(args.seed)
@@ -257,10 +261,14 @@ def setup(args):
 def say(text):
     """Prints on rank 0."""
     if dist.get_rank() == 0:
-        tqdm.write(without_controls(text), file=sys.stdout)
+        with suppress(OSError):              # a log on a full disk ends no run
+            tqdm.write(without_controls(text), file=sys.stdout)
 
 class Agreed(BadInput):
     """A BadInput that every rank raises at the same place."""
+
+class CannotMeet(BadInput):
+    """A BadInput that each rank has to say for itself."""
 
 patience, meetings = 1800.0, itertools.count()                     # seconds of silence that ranks bear from each other
 
@@ -269,12 +277,14 @@ def together():
     """If a rank meets BadInput in the body, all raise it, and none is left waiting for it. The body may take one rank
     (often rank 0) as long as it likes: a thread tells the others that it is alive."""
     mine, errors, done, meeting = None, [None] * dist.get_world_size(), threading.Event(), next(meetings)
-    store = dist.distributed_c10d._get_default_store()
+    me, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
 
     def sign_of_life():
-        while not done.wait(1):
-            store.add(f"alive {dist.get_rank()}", 1)
+        with suppress(Exception):            # the store is gone: the main thread will meet that too
+            while not done.wait(1):
+                store.add(f"alive {me}", 1)
 
+    store.set(f"{meeting} {me} began", "")
     threading.Thread(target=sign_of_life, daemon=True).start()
     try:
         yield
@@ -282,14 +292,18 @@ def together():
         mine = str(error)
     finally:
         done.set()
-    store.set(f"{meeting} {dist.get_rank()}", "here")
+    store.set(f"{meeting} {me} ended", "")
     for rank in range(len(errors)):
         life, since = None, time.monotonic()
-        while not store.check([f"{meeting} {rank}"]):
+        while not store.check([f"{meeting} {rank} ended"]):
             if (now := store.add(f"alive {rank}", 0)) != life:
                 life, since = now, time.monotonic()
-            if time.monotonic() - since > patience:
-                raise TimeoutError(f"rank {rank} has been silent for {patience:.0f} s")
+            # one that has begun beats every second, but for a long call into C; another may still be in the step before
+            silence = 300 if store.check([f"{meeting} {rank} began"]) else patience
+            if store.check(["failed"]) or time.monotonic() - since > min(silence, patience):
+                raise TimeoutError(f"rank {rank} has failed, or been silent for {time.monotonic() - since:.0f} s")
+            if stop["signal"] and time.monotonic() - stop["at"] > 20 and time.monotonic() - since > 5:
+                raise SystemExit(128 + stop["signal"])             # told to stop, and the other does not come
             time.sleep(0.02)
     dist.all_gather_object(errors, mine)
     if any(errors):
@@ -382,6 +396,8 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
               "gradient_clipping": args.grad_clip, "steps_per_print": 10**9}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     engine.bad = 0                           # updates skipped in a row
+    if dtype == torch.float16 and args.zero_stage:
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False              # RunState.after has the word for it
     return engine
 
 def descend(engine, loss):
@@ -432,7 +448,8 @@ class Log:
         self.since = self.since if self.tokens else time.perf_counter()      # tokens_per_s is without evaluation
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         if time.perf_counter() - self.drawn > 60:
-            self.draw()
+            with suppress(OSError):
+                self.draw()
 
     def warn(self, when, text):
         """Says the text once in a run, the first time that `when` is true."""
@@ -465,6 +482,8 @@ class Log:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(self.out / "curves.png")
+        del figure, axes, line
+        gc.collect()                         # a figure is a knot of references, and Python would keep many of them
 
     def close(self):
         """After the model is saved: no picture is worth losing one."""
@@ -518,7 +537,7 @@ def writing(path, needed=0, flag=""):
 # ------------------------------------------------------------------------------------------------ never lose a run
 # these may differ when a run is resumed; they change where it writes, what it logs, or how fast it is
 FREE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank", "micro_batch",
-        "checkpointing", "zero_stage", "world_size", "versions", "finished"}
+        "checkpointing", "zero_stage", "world_size", "versions", "finished", "inputs_modified"}
 stop = {"signal": 0, "at": 0.0, "wait": False}                     # what this rank was told, when, and whether to wait
 
 def on_signal(number, frame):
@@ -529,7 +548,7 @@ def on_signal(number, frame):
     if stop["signal"] or not stop["wait"]:
         raise SystemExit(128 + number)
     stop.update(signal=number, at=time.monotonic())
-    if os.environ["RANK"] == "0":
+    if os.environ["RANK"] == "0" and sys.stderr.isatty():
         print("stopping after this step; tell it again after five seconds to leave at once", file=sys.stderr, flush=True)
 
 class RunState:
@@ -545,26 +564,31 @@ class RunState:
         self.step, self.own, self.source, self.same = 0, {}, None, True
         torch.manual_seed(args.seed + self.rank)                   # new weights are made; dropout differs between ranks
         versions = {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")}
-        flags = {**vars(args), "world_size": self.world, "versions": versions, "rows": len(lengths), "tokens": sum(lengths)}
-        self.flags = json.loads(json.dumps(flags))                 # as they will be read
+        self.flags = {**vars(args), "script": Path(sys.argv[0]).stem, "world_size": self.world, "versions": versions,
+                      "rows": len(lengths), "tokens": sum(lengths), "inputs_modified": modified(args)}
+        self.flags = json.loads(json.dumps(self.flags))            # as they will be read
         if args.resume:
             self.find()
         with together(), writing(self.out, flag="--out "):
+            if self.rank == 0 and not self.step:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_whole(self.out / "args.json", json.dumps(self.flags, indent=2) + "\n")
+                for name in WRITTEN[1:]:     # an adapter_config.json left behind would win over the new full model
+                    (self.out / name).unlink(missing_ok=True)
             if self.first and not self.step:
                 for part in PARTS:
                     shutil.rmtree(self.out / part, ignore_errors=True)
-            if self.rank == 0 and not self.step:
-                self.out.mkdir(parents=True, exist_ok=True)
-                for name in WRITTEN:         # an adapter_config.json left behind would win over the new full model
-                    (self.out / name).unlink(missing_ok=True)
-                (self.out / "args.json").write_text(json.dumps(self.flags, indent=2) + "\n")
 
     def find(self):
         """Chooses the newest step whose files every rank finds whole, and reads its run.json."""
         with together():
             there = self.rank == 0 and (self.out / "args.json").exists()
-            complete = there and read_json(self.out / "args.json").get("finished", False)
-            mine = {step: mark for step in self.steps() if (mark := self.verify(step))}
+            kept = read_json(self.out / "args.json") if there else {}
+            complete, mine = kept.get("finished", False), {}
+            self.refuse_others(kept)
+            for step in self.steps():
+                if mark := self.verify(step):
+                    mine[step] = mark
         if max_over_ranks(complete)[0]:
             say(f"{self.out}: this run is complete, there is nothing to resume")
             finish()
@@ -572,7 +596,14 @@ class RunState:
         everyones = [None] * self.world
         dist.all_gather_object(everyones, mine)
         # the same manifest everywhere: on a disk of its own, another run's may have been left
-        common = [step for step, mark in mine.items() if all(some.get(step) == mark for some in everyones)]
+        common = [step for step, mark in everyones[0].items() if all(some.get(step) == mark for some in everyones)]
+        alone = not common                   # the weights are with rank 0, and are enough to go on with
+        common = common or list(everyones[0])
+        there = max_over_ranks(bool(self.steps()))[0]
+        with together():
+            if there and not common:
+                raise BadInput(f"--resume {self.out}: none of its checkpoints is whole (see the warnings); to start at the "
+                               f"beginning, move {self.folder} away")
         if not common:
             say(f"{self.out}: no checkpoint to resume from, so the run starts at its beginning")
             return
@@ -581,19 +612,24 @@ class RunState:
         with together():
             run = [read_json(self.source / "run.json") if self.rank == 0 else None]
         dist.broadcast_object_list(run)
-        self.own, then = run[0]["own"], run[0]["flags"]
-        changed = sorted(k for k in {*then, *self.flags} if then.get(k) != self.flags.get(k))
-        named = [f"{k} {then.get(k)!r} -> {self.flags.get(k)!r}" for k in changed]
+        self.own = run[0]["own"]
         with together():
-            if other := [text for k, text in zip(changed, named) if k not in FREE]:
-                raise BadInput(f"--resume {self.out}: {other[0]} would make it another run; choose another --out")
-        self.same = not {"world_size", "zero_stage"} & set(changed)
-        named = [text for k, text in zip(changed, named) if k not in ("out", "overwrite", "resume")]
+            changed = self.refuse_others(run[0]["flags"])
+        self.same = not alone and not {"world_size", "zero_stage"} & changed.keys()
+        named = [text for k, text in changed.items() if k not in ("out", "overwrite", "resume")]
         say(f"resuming {self.out} after step {self.step}" + (f"; changed: {', '.join(named)}" if named else "")
             + ("" if self.same else "; so the weights are kept, and the optimisers' moments start anew"))
         with together(), writing(self.out):  # lines that came after the checkpoint are written again
             for name, size in run[0]["sizes"].items() if self.rank == 0 else ():
                 os.truncate(self.out / name, min(size, (self.out / name).stat().st_size))
+
+    def refuse_others(self, then):
+        """{flag: what it was and is}, of those that have changed since; BadInput where one makes it another run."""
+        changed = {k: f"{k} {then.get(k)!r} -> {self.flags.get(k)!r}" for k in sorted({*then, *self.flags})
+                   if then and then.get(k) != self.flags.get(k)}
+        if other := [text for k, text in changed.items() if k not in FREE]:
+            raise BadInput(f"--resume {self.out}: {other[0]} would make it another run; choose another --out")
+        return changed
 
     def steps(self):
         """The steps that have a folder here, newest first."""
@@ -708,23 +744,41 @@ class RunState:
 
     def publish(self, part, manifest):
         """The last act of a checkpoint, after which it counts; of those before, one is kept."""
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        fingerprint(part / "manifest.json", sync=True)
+        with suppress(BadInput):             # one disk: rank 0 did it, though a cache may still show the old name
+            if read_json(part.with_suffix("") / "manifest.json") == manifest:
+                return
+        write_whole(part / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(part.with_suffix(""), ignore_errors=True)    # there, damaged, where the run was resumed before it
         part.rename(part.with_suffix(""))
         descriptor = os.open(self.folder, os.O_RDONLY)
         os.fsync(descriptor)                 # the name is on the disk too
         os.close(descriptor)
-        for old in self.steps()[2:]:
+        now = int(part.stem[5:])             # a newer step is a damaged one, or another rank does not have it
+        for old in [s for s in self.steps() if s > now] + [s for s in self.steps() if s <= now][2:]:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def finish(self, log):
         """After the model is saved: marks the run as complete, and leaves."""
         if self.rank == 0:
             with writing(self.out):
-                (self.out / "args.json").write_text(json.dumps({**self.flags, "finished": True}, indent=2) + "\n")
+                write_whole(self.out / "args.json", json.dumps({**self.flags, "finished": True}, indent=2) + "\n")
         log.close()
         finish()
+
+def write_whole(path, text):
+    """Writes a file so that at any moment the old one or the new one is there, never a part."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    fingerprint(new, sync=True)
+    new.replace(path)
+
+def modified(args):
+    """When the newest of the files that a run reads was modified, in whole seconds."""
+    files = [*args.data, *(args.eval_data or []), *(getattr(args, "ptx_data", None) or [])]
+    for name in ("model", "actor", "reward"):
+        if folder := getattr(args, name, None):
+            files += [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    return max(int(Path(file).stat().st_mtime) for file in files)
 
 def fingerprint(file, sync=False):
     """[size, SHA-256] of a file; sync: it is on the disk itself before this returns."""
@@ -752,25 +806,33 @@ def run(main):
         finish()
         sys.exit(2)
     except BadInput as error:
-        if rank == "0" or dist.is_initialized():
+        if rank == "0" or dist.is_initialized() or isinstance(error, CannotMeet):
+            tell_failed()
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)                    # the launcher kills rank 0 soon after another has left: let it speak
         leave(2)
     except (SystemExit, KeyboardInterrupt) as error:
+        tell_failed()
         leave(130 if isinstance(error, KeyboardInterrupt) else error.code or 0)
     except Exception as error:
-        if isinstance(error, TimeoutError | dist.DistError) or "gloo" in str(error):
+        if isinstance(error, TimeoutError | dist.DistError) or isinstance(error, RuntimeError) and "gloo/" in str(error):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)          # the launcher's: there is no step to end any more
             if not another_spoke():
                 print(f"error: rank {rank} has lost touch with another rank ({str(error).splitlines()[0]}); the "
                       f"launcher names one that was killed", file=sys.stderr, flush=True)
             time.sleep(3)                    # or the launcher might name this one
         else:
-            if dist.is_initialized():
-                dist.distributed_c10d._get_default_store().set("failed", rank)
+            tell_failed()
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if rank == "0" and dist.is_initialized() and dist.get_world_size() > 1:
+                time.sleep(2)                # it keeps the store, from which others learn that it has failed
         leave(1)
+
+def tell_failed():
+    """Lets the ranks that wait for this one know that it leaves, and speaks."""
+    with suppress(Exception):
+        dist.distributed_c10d._get_default_store().set("failed", "")
 
 def another_spoke():
     """Whether a rank has failed and said why, or rank 0, which keeps the store of such words, is gone."""
@@ -787,8 +849,9 @@ def another_spoke():
 
 def leave(status):
     """Without the end of the interpreter, in which threads of a broken process group wait or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 if __name__ == "__main__":

@@ -212,6 +212,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(file, damage,
     assert_same(out, uninterrupted("sft"))
 
 
+def test_where_no_checkpoint_is_whole_nothing_is_deleted(stopped, command, tmp_path):
+    out = stopped(tmp_path / "run")
+    for step in ("step-2", "step-4"):
+        (out / "checkpoints" / step / "weights.safetensors").write_bytes(b"cut")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    done = run_script("sft.py", *command("sft", out, SHORT, "--resume"))
+    assert done.returncode == 2 and "none of its checkpoints is whole" in done.stderr
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+def test_a_rank_whose_part_is_lost_costs_the_moments_and_no_more(command, tmp_path):
+    out = tmp_path / "run"
+    process = start("sft", command("sft", out, SHORT), ranks=2)
+    assert wait_for_step(out, process, 4)
+    kill(process)
+    for file in out.glob("checkpoints/*/rank-1.pt"):
+        file.unlink()
+    said = complete("sft", command("sft", out, SHORT, "--resume"), ranks=2)
+    assert "resuming" in said and "moments start anew" in said
+    assert [line["step"] for line in metrics(out) if "loss" in line] == list(range(1, 13))
+
+
+def test_a_newer_checkpoint_that_is_damaged_does_not_count_as_one_of_the_two(stopped, command, tmp_path):
+    out = stopped(tmp_path / "run")
+    (out / "checkpoints" / "step-4" / "manifest.json").unlink()
+    complete("sft", command("sft", out, {**SHORT, "--save-every": "3", "--steps": "12"}, "--resume"))
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-6", "step-9"]
+
+
 def test_flags_that_make_it_another_run_are_refused_and_others_named(stopped, command, tmp_path):
     out = stopped(tmp_path / "run")
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -224,6 +253,8 @@ def test_flags_that_make_it_another_run_are_refused_and_others_named(stopped, co
     assert "changed: log_every 1 -> 2" in said
     said = complete("sft", command("sft", out, SHORT, "--resume"))
     assert "complete" in said
+    done = run_script("sft.py", *command("sft", out, {**SHORT, "--lr": "5e-4"}, "--resume"))
+    assert done.returncode == 2 and "lr 0.001 -> 0.0005" in done.stderr
 
 
 def test_on_another_number_of_ranks_the_weights_are_kept_and_the_moments_start_anew(stopped, command, tmp_path):
@@ -260,12 +291,13 @@ def full(tensors, path, *more):
 sft.save_file = full
 """
 RAISES = """
-after = sft.RunState.after
-def fault(self, step, *more, **own):
-    if step == 3 and self.rank == {rank}:
+steps, {where} = [], sft.{where}
+def fault(*args, **more):
+    steps.append(0)
+    if len(steps) == 3 and torch.distributed.get_rank() == {rank}:
         {what}
-    after(self, step, *more, **own)
-sft.RunState.after = fault
+    return {where}(*args, **more)
+sft.{where} = fault
 """
 
 
@@ -293,8 +325,9 @@ def test_a_full_disk_is_said_with_its_path_and_the_checkpoint_before_is_whole(ra
 @pytest.mark.parametrize("what, words", [("raise ArithmeticError('this one')", "ArithmeticError: this one"),
                                          ("os.kill(os.getpid(), 9)", "return code = -9")])
 def test_a_rank_that_dies_ends_the_job_with_its_own_words_last(rank, what, words, command, tmp_path):
-    status, said, seconds = run_faulty("sft", RAISES.format(rank=rank, what=what), command("sft", tmp_path / "run", SHORT),
-                                       tmp_path, ranks=2)
+    # in the middle of a step, or while the others wait for a part of a checkpoint
+    fault = RAISES.format(rank=rank, what=what, where="descend" if rank else "fingerprint")
+    status, said, seconds = run_faulty("sft", fault, command("sft", tmp_path / "run", SHORT), tmp_path, ranks=2)
     assert status and words in said and said.count("Traceback") == words.startswith("Arith")
     assert seconds < 90                      # of which some are its start
     ours = [line for line in said.splitlines() if line.strip() and "launch.py" not in line and "[INFO]" not in line]
@@ -303,7 +336,8 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_words_last(rank, what, words
 
 def test_a_rank_that_stalls_ends_the_job(command, tmp_path, full):
     words = command("sft", tmp_path / "run", SHORT, "--timeout", "30" if full else "10")
-    status, said, seconds = run_faulty("sft", RAISES.format(rank=1, what="time.sleep(1000)"), words, tmp_path, ranks=2)
+    fault = RAISES.format(rank=1, what="time.sleep(1000)", where="descend")
+    status, said, seconds = run_faulty("sft", fault, words, tmp_path, ranks=2)
     assert status and "lost touch" in said and seconds < 30 + 30 + 15
 
 

@@ -10,7 +10,7 @@ sys.path.append(str(REPO / "bench"))
 from memory import rank_bytes  # noqa: E402
 
 SIZES = {"small": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
-         "large": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10)}
+         "large": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8)}
 # Prints each rank's peak in training: from the first evaluation, when the model is loaded, to the saving.
 MEASURED = """
 import sys, threading, time
@@ -38,7 +38,9 @@ sft.run(sft.main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, stage", [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_the_calculator_agrees_with_measured_peaks(ranks, stage, tokenizer_file, pairs_file, tmp_path):
+def test_the_calculator_agrees_with_measured_peaks(ranks, stage, full, tokenizer_file, pairs_file, tmp_path):
+    if not full and (ranks, stage) not in {(1, 2), (2, 3)}:
+        pytest.skip("two of the six are enough but in ./run.sh faults")
     peaks, weights = {}, {}
     (tmp_path / "measured.py").write_text(MEASURED.format(repo=str(REPO)))
     for size, config in SIZES.items():
