@@ -300,7 +300,7 @@ def run_limited(words, logs):
 
 @pytest.mark.slow
 def test_damaged_inputs_as_real_commands_get_one_line_and_status_2(whole, tmp_path, full):
-    seen, n, seed, wanted = 0, 0, random.randrange(10**6) if full else 1, 100 if full else 4
+    most, seen, n, seed, wanted = (0, 0), 0, 0, random.randrange(10**6) if full else 1, 100 if full else 4
     while seen < wanted:
         rng, n = random.Random(f"{seed} command {n}"), n + 1
         file, folder, reader = injured(whole, tmp_path / "case", rng, rng.randrange(10_000))
@@ -318,6 +318,8 @@ def test_damaged_inputs_as_real_commands_get_one_line_and_status_2(whole, tmp_pa
         assert len(lines) == 1 and str(folder) in lines[0], (seed, n, words, err)
         assert "\x1b" not in err and not (tmp_path / "out").exists(), (seed, n, words, err)
         assert seconds < 15 and memory < 2000, (seed, n, words, seconds, memory)
+        most = max(most[0], seconds), max(most[1], memory)
+    print(f"{seen} commands, seed {seed}: at most {most[0]:.1f} s and {most[1]:.0f} MB")
 
 
 class Runs:
@@ -360,4 +362,5 @@ def test_inputs_made_to_hurt_get_one_line_within_2_GB_and_10_s(whole, tmp_path):
         status, out, err, seconds, memory = run_limited(words_of_command, tmp_path)
         (line,) = err.splitlines()
         assert status == 2 and line.startswith("error: ") and str(tmp_path / name) in line and words in line, err
+        print(f"{name}: {seconds:.1f} s, {memory:.0f} MB")
         assert seconds < 15 and memory < 2000, (name, seconds, memory)

@@ -1,11 +1,13 @@
 """PPO's mathematics against its definitions, the rollout, and the four roles."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ppo
+import sft
 from conftest import tiny_llama
 from data import Tokenizer, collate_prompts, encode_prompt, read_records
 from llama import BadInput, Llama, copy_tokenizer
@@ -544,3 +546,29 @@ def test_trim_leaves_rows_whole_and_takes_only_columns_that_are_padding_in_all_o
         for key in ("ids", "values"):        # nothing is lost, and a response still starts at `start`
             assert torch.equal(cut[key][cut[key] != 0], batch[key][rows][batch[key][rows] != 0])
         assert torch.equal(cut["response_mask"], cut["mask"][:, at:])
+
+
+def test_what_goes_astray_is_said_once_with_its_cause_and_the_flag_to_turn(capsys, tmp_path):
+    sane = {"kl": 3.0, "first_ratio": 1.0, "approx_kl": 0.01, "length": 20.0, "eos_share": 0.9}
+    log = sft.Log(SimpleNamespace(out=tmp_path, log_every=1), 9, 0, ppo.CURVES)
+    ppo.warn(log, sane, constant=False)
+    assert capsys.readouterr().err == ""
+    for name, value, flag in (("kl", 60.0, "--kl-coef"), ("first_ratio", 1.3, "--dtype"), ("approx_kl", 0.7, "--actor-lr"),
+                              ("length", 1.0, "samples.jsonl"), ("eos_share", 0.0, "--max-new")):
+        for _ in range(3):
+            ppo.warn(log, {**sane, name: value}, constant=False)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: step 0: ") and name in line and flag in line
+    ppo.warn(log, sane, constant=True)
+    assert "same score" in capsys.readouterr().err
+    ppo.warn(log, {**sane, "kl": float("nan")}, constant=False)    # a number that is none is for the count of skipped updates
+    assert capsys.readouterr().err == ""
+    log.file.close()
+
+
+def test_no_text_of_a_file_or_a_model_can_take_over_the_terminal(monkeypatch, capsys):
+    hostile = "a\x1b[2Jb\x9b31mc\u202ed\x07e"
+    assert str(BadInput(f"{hostile}\nsecond")) == "a[2Jb31mcde second"
+    monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
+    sft.say(hostile)
+    assert capsys.readouterr().out == "a[2Jb31mcde\n"
