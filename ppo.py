@@ -52,7 +52,7 @@ def get_args():
     add("--temperature", type=number(0.001), default=1.0, help="of sampling and of all log-probabilities")
     add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of log-ratio to the reference costs")
     add("--kl-target", type=number(0), help="nats per answer that beta is steered towards (arXiv 1909.08593)")
-    add("--kl-gain", type=number(0), default=0.1, help="how fast: beta changes by at most 0.2 of this share per step")
+    add("--kl-gain", type=number(0), default=0.1, help="how fast: beta changes by at most 0.2 times this per step")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
         help="mean and deviation of scores: reward_stats.json's, or of the reference's answers before step 1")
     add("--norm-prompts", type=positive, default=256, help="prompts that --reward-norm rollout answers")
@@ -62,7 +62,7 @@ def get_args():
     add("--gamma", type=number(0, 1), default=1.0, help="discount per token")
     add("--lam", type=number(0, 1), default=0.95, help="lambda of GAE")
     add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 plus or minus this")
-    add("--value-clip", type=number(0), default=0.2, help="values count within this of the rollout's")
+    add("--value-clip", type=number(0), default=0.2, help="a new value counts only within this of the rollout's value")
     add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
     add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")

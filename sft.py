@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -87,7 +88,7 @@ def perplexity(model, rows, micro_batch, device):
     """exp(negative log-likelihood per response token) of rows [(ids, n_prompt)], each counted once."""
     model.eval()
     rows = sorted(rows, key=lambda row: len(row[0]))
-    # all ranks take equally many passes (ZeRO-3 waits for all): a filler row is all prompt and counts nothing
+    # all ranks take equally many passes (ZeRO-3 waits for all): a filler row has no response, so it adds nothing
     filler = [(rows[0][0], len(rows[0][0]))] * (-len(rows) % (micro_batch * dist.get_world_size()))
     nll = 0.0
     for micro in deal(filler + rows, dist.get_rank(), dist.get_world_size(), micro_batch):
@@ -128,7 +129,7 @@ def main():
                                      stream(lengths, args.batch, args.seed, state.step)):
         # 3. one global batch, formed before it is dealt, and its loss per response token of the whole of it
         rows = [train[i] for i in chosen]
-        total = n_labels(rows) / (world * accumulation)            # the engine divides by both
+        total = n_labels(rows) / (world * accumulation)            # DeepSpeed takes the mean over both, this makes it a sum
         model.train()
         lr, nll = engine.get_lr()[0], 0.0
         for micro in deal(rows, rank, world, args.micro_batch):
@@ -199,6 +200,9 @@ def parse(parser, *required):
     def fail(message):
         raise BadInput(f"{message} (see {parser.prog} -h)")
     parser.error = fail
+    for action in parser._actions:
+        if action.default not in (None, False, argparse.SUPPRESS) and action.help != argparse.SUPPRESS:
+            action.help += " (%(default)s)"
     parser.fromfile_prefix_chars = "@"       # @FILE holds flags, a line each, with comments
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     words = sys.argv[1:]
@@ -232,7 +236,7 @@ def setup(args):
         signal.signal(number, on_signal)
     global patience
     patience = 0.9 * args.timeout            # a tenth is for the launcher, which gives a rank 30 s to leave
-    c10d = dist.distributed_c10d             # for DeepSpeed's own groups too
+    c10d = dist.distributed_c10d             # DeepSpeed makes more groups, which take torch's defaults
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(seconds=patience)
     try:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False,
@@ -359,7 +363,7 @@ def check_folders(args, adapter, *folders):
         return
     there = [name for name in [*WRITTEN, "checkpoints"] if (Path(args.out) / name).exists()]
     if there and args.resume and "args.json" not in there:
-        raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or --overwrite")
+        raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or --overwrite it without --resume")
     if there and not args.overwrite and not args.resume:
         raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, --resume the run, or "
                        f"--overwrite it")
@@ -421,13 +425,15 @@ class Log:
         self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "a")
         # disable=None: the bar is only on a terminal
         self.bar = tqdm(total=steps, initial=start, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
-        self.every, self.steps, self.n, self.tokens, self.since = args.log_every, steps, start, 0, time.perf_counter()
+        self.every, self.steps, self.n, self.tokens = args.log_every, steps, start, 0
+        self.since = self.stepped = time.perf_counter()            # of these tokens; the end of the last step
         self.warned = set()
 
     def step(self, tokens, **metrics):
         """After each step: tokens it took in, what it measured."""
         self.tokens += tokens
         self.n += 1
+        self.stepped = time.perf_counter()
         self.bar.update()
         if self.n % self.every == 0 or self.n in (1, self.steps):
             now = time.perf_counter()
@@ -445,11 +451,16 @@ class Log:
             print(json.dumps(finite), file=self.file, flush=True)
         except OSError as error:
             raise BadInput(f"{self.out / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
-        self.since = self.since if self.tokens else time.perf_counter()      # tokens_per_s is without evaluation
+        self.leave_out()
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         if time.perf_counter() - self.drawn > 60:
             with suppress(OSError):
                 self.draw()
+
+    def leave_out(self):
+        """What came after the last step, evaluation or a checkpoint, does not count in tokens_per_s."""
+        now = time.perf_counter()
+        self.since, self.stepped = self.since + now - self.stepped, now
 
     def warn(self, when, text):
         """Says the text once in a run, the first time that `when` is true."""
@@ -505,7 +516,7 @@ def gathered(parameters):
 
 def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
     """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
-    average: pairs (parameter, its moving average), which then takes the parameter's place."""
+    average: pairs (parameter, its moving average), which takes the parameter's place for good."""
     needed = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter)
     with gathered(model.parameters()), together(), writing(out, needed):
         for parameter, mean in average:
@@ -529,6 +540,8 @@ def writing(path, needed=0, flag=""):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:      # torch and safetensors wrap the system's errors
+        if isinstance(error, RuntimeError) and not re.search("writ|inline_container", str(error)):
+            raise
         there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
         free, why = shutil.disk_usage(there).free, getattr(error, "strerror", None) or str(error).splitlines()[0]
         room = f"; {max(1, needed / 1e6):,.0f} MB are needed, {free / 1e6:,.0f} MB are free" if needed else ""
@@ -538,7 +551,7 @@ def writing(path, needed=0, flag=""):
 # these may differ when a run is resumed; they change where it writes, what it logs, or how fast it is
 FREE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank", "micro_batch",
         "checkpointing", "zero_stage", "world_size", "versions", "finished", "inputs_modified"}
-stop = {"signal": 0, "at": 0.0, "wait": False}                     # what this rank was told, when, and whether to wait
+stop = {"signal": 0, "at": 0.0, "wait": False}                     # the signal, when it came, whether to finish the step
 
 def on_signal(number, frame):
     """Once training has begun, the first SIGINT or SIGTERM stops at the end of the step; one that comes more than five
@@ -597,7 +610,7 @@ class RunState:
         dist.all_gather_object(everyones, mine)
         # the same manifest everywhere: on a disk of its own, another run's may have been left
         common = [step for step, mark in everyones[0].items() if all(some.get(step) == mark for some in everyones)]
-        alone = not common                   # the weights are with rank 0, and are enough to go on with
+        alone = not common                   # no checkpoint is whole on all ranks: rank 0's weights are enough
         common = common or list(everyones[0])
         there = max_over_ranks(bool(self.steps()))[0]
         with together():
@@ -692,6 +705,7 @@ class RunState:
         number, due = max_over_ranks(stop["signal"], due and self.rank == 0)
         if due or number:
             self.save(step, own)
+            log.leave_out()
         if number:
             say(f"stopped by {signal.Signals(int(number)).name} after step {step}; --resume goes on from there")
             log.close()
@@ -736,7 +750,7 @@ class RunState:
         everyones = [None] * self.world
         dist.all_gather_object(everyones, prints)
         manifest = {name: mark for some in everyones for name, mark in some.items()}
-        for turn in (self.rank == 0, self.rank > 0 and self.first):
+        for turn in (self.rank == 0, self.rank > 0 and self.first):        # then where another machine has another disk
             with together(), writing(part):
                 if turn and part.exists():
                     self.publish(part, manifest)
@@ -830,7 +844,7 @@ def run(main):
         leave(1)
 
 def tell_failed():
-    """Lets the ranks that wait for this one know that it leaves, and speaks."""
+    """Tells the ranks that wait for this one that it leaves, and prints why."""
     with suppress(Exception):
         dist.distributed_c10d._get_default_store().set("failed", "")
 
