@@ -235,7 +235,7 @@ def setup(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     global patience
-    patience = 0.9 * args.timeout            # a tenth is for the launcher, which gives a rank 30 s to leave
+    patience = 0.8 * args.timeout            # the rest is for what comes before and after the waiting
     c10d = dist.distributed_c10d             # DeepSpeed makes more groups, which take torch's defaults
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(seconds=patience)
     try:
@@ -835,7 +835,7 @@ def run(main):
             if not another_spoke():
                 print(f"error: rank {rank} has lost touch with another rank ({str(error).splitlines()[0]}); the "
                       f"launcher names one that was killed", file=sys.stderr, flush=True)
-            time.sleep(3)                    # or the launcher might name this one
+            time.sleep(0 if "imed out" in str(error) else 3)       # the launcher is to name the one that was killed first
         else:
             tell_failed()
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
