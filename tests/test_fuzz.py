@@ -325,7 +325,7 @@ def test_damaged_inputs_as_real_commands_get_one_line_and_status_2(whole, tmp_pa
 class Runs:
     def __reduce__(self):
         import os
-        return os.system, ("touch /tmp/it-has-run",)
+        return os.system, ("touch code-of-a-pickle-has-run",)
 
 
 def bombs(folder, whole):
@@ -362,5 +362,6 @@ def test_inputs_made_to_hurt_get_one_line_within_2_GB_and_10_s(whole, tmp_path):
         status, out, err, seconds, memory = run_limited(words_of_command, tmp_path)
         (line,) = err.splitlines()
         assert status == 2 and line.startswith("error: ") and str(tmp_path / name) in line and words in line, err
+        assert not (REPO / "code-of-a-pickle-has-run").exists()
         print(f"{name}: {seconds:.1f} s, {memory:.0f} MB")
         assert seconds < 15 and memory < 2000, (name, seconds, memory)
