@@ -374,17 +374,17 @@ def main():
     actor.config, critic.config, actor.n_words = config, reward_config, tokenizer.vocab_size
     actor.model.checkpointing = critic.model.checkpointing = args.checkpointing
     trained = trained_parameters(roles)
-    state.load_weights({f"{role}.{name}": p for role, some in trained.items()
-                        for name, p in roles[role][0].named_parameters() if any(p is q for q in some)})
+    state.track_weights({f"{role}.{name}": p for role, some in trained.items()
+                         for name, p in roles[role][0].named_parameters() if any(p is q for q in some)})
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     n_updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                 # per step
     actor_engine, critic_engine = (
         make_engine(args, model, trained[role], lr, steps * n_updates, args.micro_batch, accumulation, dtype)
         for model, role, lr in ((actor, "actor", args.actor_lr), (critic, "critic", args.critic_lr)))
-    state.load_engines(actor=actor_engine, critic=critic_engine)
+    state.track_engines(actor=actor_engine, critic=critic_engine)
     with gathered(trained["actor"]):
         average = [(p, p.detach().float().clone()) for p in trained["actor"]] if args.ema else []
-    state.load_weights({f"ema.{i}": mean for i, (_, mean) in enumerate(average)})
+    state.track_weights({f"ema.{i}": mean for i, (_, mean) in enumerate(average)})
     if state.step:
         stats = state.own["stats"]
     elif args.reward_norm == "rollout":      # the scores of the reference's own answers
@@ -458,10 +458,11 @@ def main():
                     mean.lerp_(p.detach().float(), 1 - args.ema)
 
         # 6. log, now and then answer held-out prompts
-        measured = torch.stack(measured) / (world * accumulation)  # token means, once summed over micros and ranks
-        first_ratio = float(measured[:accumulation, 3].sum())      # column 3, of the first mini-batch alone
-        value, policy, ptx_loss, _, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
-            *(measured.sum(0) / n_updates).tolist(), first_ratio)
+        # token means, once summed over micro-batches and ranks; the ratio of the first mini-batch alone
+        value, policy, ptx_loss, ratio, clipped, approx_kl, entropy = torch.stack(measured, 1) / (world * accumulation)
+        means = [x.sum() / n_updates for x in (value, policy, ptx_loss, clipped, approx_kl, entropy)]
+        value, policy, ptx_loss, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
+            *torch.stack([*means, ratio[:accumulation].sum()]).tolist())
         kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
         metrics = dict(score=float(score.mean()), kl=kl, length=float(mask.sum(1).double().mean()),
                        eos_share=float(batch["ended"].double().mean()), policy_loss=policy, value_loss=value,

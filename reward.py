@@ -165,9 +165,9 @@ def main():
     state = RunState(args, lengths)
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state.load_weights(trained)
+    state.track_weights(trained)
     engine = make_engine(args, model, [*trained.values()], args.lr, steps, args.micro_batch, accumulation, dtype)
-    state.load_engines(model=engine)
+    state.track_engines(model=engine)
     log = Log(args, steps, rank, CURVES, state.step)
 
     if not state.step:
@@ -180,7 +180,7 @@ def main():
         lr, loss_sum = engine.get_lr()[0], 0.0
         for micro in deal(rows, rank, world, args.micro_batch):
             ids, mask, starts = (x.to(device) for x in collate_pairs(micro))
-            loss = batch_loss(engine(ids, mask), mask, starts, args.loss, args.batch / (world * accumulation))
+            loss = batch_loss(engine(ids, mask), mask, starts, args.loss, args.micro_batch)
             descend(engine, loss)
             loss_sum += float(loss.detach())
         # 4. logging and held-out pairs

@@ -118,9 +118,9 @@ def main():
     state = RunState(args, lengths)          # makes --out, or finds what --resume goes on from
     steps = args.steps or args.epochs * (len(train) // args.batch)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state.load_weights(trained)
+    state.track_weights(trained)
     engine = make_engine(args, model, [*trained.values()], args.lr, steps, args.micro_batch, accumulation, dtype)
-    state.load_engines(model=engine)
+    state.track_engines(model=engine)
     log = Log(args, steps, rank, CURVES, state.step)
 
     if not state.step:
@@ -280,7 +280,7 @@ patience, meetings = 1800.0, itertools.count()                     # seconds of 
 def together():
     """If a rank meets BadInput in the body, all raise it, and none is left waiting for it. The body may take one rank
     (often rank 0) as long as it likes: a thread tells the others that it is alive."""
-    mine, errors, done, meeting = None, [None] * dist.get_world_size(), threading.Event(), next(meetings)
+    mine, done, meeting = None, threading.Event(), next(meetings)
     me, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
 
     def sign_of_life():
@@ -297,7 +297,7 @@ def together():
     finally:
         done.set()
     store.set(f"{meeting} {me} ended", "")
-    for rank in range(len(errors)):
+    for rank in range(dist.get_world_size()):
         life, since = None, time.monotonic()
         while not store.check([f"{meeting} {rank} ended"]):
             if (now := store.add(f"alive {rank}", 0)) != life:
@@ -309,9 +309,8 @@ def together():
             if stop["signal"] and time.monotonic() - stop["at"] > 20 and time.monotonic() - since > 5:
                 raise SystemExit(128 + stop["signal"])             # told to stop, and the other does not come
             time.sleep(0.02)
-    dist.all_gather_object(errors, mine)
-    if any(errors):
-        raise Agreed(next(e for e in errors if e))
+    if errors := [error for error in from_all(mine) if error]:
+        raise Agreed(errors[0])
 
 def sum_over_ranks(*numbers):
     """The sum over ranks of each number, in float64."""
@@ -324,6 +323,12 @@ def max_over_ranks(*numbers):
     x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
+
+def from_all(thing):
+    """What each rank hands over, in the order of the ranks, on every rank."""
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 def accumulate(args, flag, batch, world):
     """Micro-batches per rank and optimiser step; BadInput where the batch does not divide into them. A micro-batch is
@@ -390,8 +395,8 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
     kind = torch.optim.AdamW if args.zero_stage else AdamW
     optimizer = kind([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
     warmup = max(1, round(args.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / warmup) * 0.5 * (
-        1 + math.cos(math.pi * min(1, max(0, n + 1 - warmup) / max(1, steps - warmup + 1)))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / warmup) * (
+        0.5 + 0.5 * math.cos(math.pi * max(0, done + 1 - warmup) / (steps - warmup + 1))))      # a line up, a cosine down
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
               "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
               "zero_optimization": {"stage": args.zero_stage, "reduce_bucket_size": 50_000_000,      # elements
@@ -597,43 +602,36 @@ class RunState:
         with together():
             there = self.rank == 0 and (self.out / "args.json").exists()
             kept = read_json(self.out / "args.json") if there else {}
-            complete, mine = kept.get("finished", False), {}
             self.refuse_others(kept)
-            for step in self.steps():
-                if mark := self.verify(step):
-                    mine[step] = mark
-        if max_over_ranks(complete)[0]:
+            mine = {step: mark for step in self.steps() if (mark := self.verify(step))}
+        complete, some, marks = zip(*from_all((kept.get("finished", False), bool(self.steps()), mine)))
+        if complete[0]:
             say(f"{self.out}: this run is complete, there is nothing to resume")
             finish()
             raise SystemExit(0)
-        everyones = [None] * self.world
-        dist.all_gather_object(everyones, mine)
         # the same manifest everywhere: on a disk of its own, another run's may have been left
-        common = [step for step, mark in everyones[0].items() if all(some.get(step) == mark for some in everyones)]
+        common = [step for step, mark in marks[0].items() if all(other.get(step) == mark for other in marks)]
         alone = not common                   # no checkpoint is whole on all ranks: rank 0's weights are enough
-        common = common or list(everyones[0])
-        there = max_over_ranks(bool(self.steps()))[0]
-        with together():
-            if there and not common:
-                raise BadInput(f"--resume {self.out}: none of its checkpoints is whole (see the warnings); to start at the "
-                               f"beginning, move {self.folder} away")
+        common = common or list(marks[0])
+        if any(some) and not common:
+            raise Agreed(f"--resume {self.out}: none of its checkpoints is whole (see the warnings); to start at the "
+                         f"beginning, move {self.folder} away")
         if not common:
             say(f"{self.out}: no checkpoint to resume from, so the run starts at its beginning")
             return
         self.step = max(common)
         self.source = self.folder / f"step-{self.step}"
         with together():
-            run = [read_json(self.source / "run.json") if self.rank == 0 else None]
-        dist.broadcast_object_list(run)
-        self.own = run[0]["own"]
-        with together():
-            changed = self.refuse_others(run[0]["flags"])
+            run = read_json(self.source / "run.json") if self.rank == 0 else {}
+            self.refuse_others(run.get("flags", {}))
+        run = from_all(run)[0]
+        self.own, changed = run["own"], self.refuse_others(run["flags"])
         self.same = not alone and not {"world_size", "zero_stage"} & changed.keys()
         named = [text for k, text in changed.items() if k not in ("out", "overwrite", "resume")]
         say(f"resuming {self.out} after step {self.step}" + (f"; changed: {', '.join(named)}" if named else "")
             + ("" if self.same else "; so the weights are kept, and the optimisers' moments start anew"))
         with together(), writing(self.out):  # lines that came after the checkpoint are written again
-            for name, size in run[0]["sizes"].items() if self.rank == 0 else ():
+            for name, size in run["sizes"].items() if self.rank == 0 else ():
                 os.truncate(self.out / name, min(size, (self.out / name).stat().st_size))
 
     def refuse_others(self, then):
@@ -662,8 +660,8 @@ class RunState:
         except (BadInput, OSError) as error:
             print(f"warning: a checkpoint is damaged, an older one is looked for: {error}", file=sys.stderr, flush=True)
 
-    def load_weights(self, weights):
-        """Takes {name: tensor}, to be saved from now on; on --resume rank 0 reads them, and all get them."""
+    def track_weights(self, weights):
+        """{name: tensor} will be in every checkpoint; on --resume rank 0 reads them, and all get them."""
         self.weights |= weights
         if not self.step:
             return
@@ -673,9 +671,10 @@ class RunState:
                 weight.data.copy_(file.get_tensor(name))
             dist.broadcast(weight.data, 0)
 
-    def load_engines(self, **engines):
-        """Takes the engines, to be saved from now on; on --resume gives them their moments and places in the schedule."""
-        self.engines, stop["wait"] = engines, True
+    def track_engines(self, **engines):
+        """The engines will be in every checkpoint; on --resume they get their moments and places in the schedule."""
+        self.engines = engines
+        stop["wait"] = True                  # training begins: from now on a signal lets the step end
         if not self.step:
             return
         for name, engine in engines.items():
@@ -697,9 +696,11 @@ class RunState:
     def after(self, step, rows, log, **own):
         """After each step but the last, on all ranks alike: stops a run that has gone bad or was told to stop, and
         saves now and then. rows are the numbers of the rows of the step, own is what the loop keeps."""
-        if any(engine.bad >= 5 for engine in self.engines.values()):
-            with together():
-                self.check_updates(step, rows)
+        for name, engine in self.engines.items():                  # fp16 skips some on purpose, to find its scale
+            if engine.bad >= 5 and not (engine.fp16_enabled() and engine.optimizer.loss_scale > 1):
+                last = next((f"step-{s}" for s in self.steps()), "there is none")
+                raise Agreed(f"step {step}: the last {engine.bad} gradients of the {name} were not finite, and the rate may be "
+                             f"too high; rows of the data in this step: {rows}; last checkpoint: {last}")
         every = self.args.save_every
         due = step % every == 0 if every else time.monotonic() - self.saved > 15 * 60
         number, due = max_over_ranks(stop["signal"], due and self.rank == 0)
@@ -711,14 +712,6 @@ class RunState:
             log.close()
             finish()
             raise SystemExit(128 + int(number))
-
-    def check_updates(self, step, rows):
-        """BadInput where five updates in a row were skipped; fp16 skips some on purpose, to find its scale."""
-        for name, engine in self.engines.items():
-            if engine.bad >= 5 and not (engine.fp16_enabled() and engine.optimizer.loss_scale > 1):
-                last = next((f"step-{s}" for s in self.steps()), "there is none")
-                raise BadInput(f"step {step}: the last {engine.bad} gradients of the {name} were not finite, and the rate may "
-                               f"be too high; rows of the data in this step: {rows}; last checkpoint: {last}")
 
     def save(self, step, own):
         """Writes a checkpoint: each rank its part, then rank 0 the manifest and the name, and where the disk is not rank
@@ -747,9 +740,7 @@ class RunState:
                 (part / "run.json").write_text(json.dumps({"step": step, "flags": self.flags, "sizes": sizes, "own": own}))
             names = [f"rank-{self.rank}.pt"] + ["weights.safetensors", "run.json"] * (self.rank == 0)
             prints = {name: fingerprint(part / name, sync=True) for name in names}
-        everyones = [None] * self.world
-        dist.all_gather_object(everyones, prints)
-        manifest = {name: mark for some in everyones for name, mark in some.items()}
+        manifest = {name: mark for some in from_all(prints) for name, mark in some.items()}
         for turn in (self.rank == 0, self.rank > 0 and self.first):        # then where another machine has another disk
             with together(), writing(part):
                 if turn and part.exists():
