@@ -159,16 +159,21 @@ def assert_agree(run, reference, tolerance, extra=""):
 
 
 # ------------------------------------------------------------------------------------------------ one meaning of batch
+def tolerance(job, exact):
+    """The scores of PPO are in units of their deviation, which is 4e-4 here: rounding shows two thousand times larger."""
+    return 2e-4 if "ppo" in job else 2e-5 if exact else 1e-4
+
+
 @pytest.mark.parametrize("extra", ONE_RANK)
 @pytest.mark.parametrize("job", JOBS)
 def test_results_do_not_depend_on_the_micro_batch(job, extra, trained, on_one_rank):
-    assert_agree(on_one_rank[job, extra], trained(job), 1e-4 if "stage 3" in extra else 2e-5, extra)
+    assert_agree(on_one_rank[job, extra], trained(job), tolerance(job, "stage 3" not in extra), extra)
 
 
 @pytest.mark.parametrize("extra", TWO_RANKS)
 @pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_give_what_one_rank_gives_in_every_zero_stage(job, extra, trained, on_two_ranks):
-    assert_agree(on_two_ranks[job, extra], trained(job), 2e-5 if "stage 2" in extra else 1e-4, extra)
+    assert_agree(on_two_ranks[job, extra], trained(job), tolerance(job, "stage 2" in extra), extra)
 
 
 @pytest.mark.parametrize("job", ["sft", "ppo-one-base"])
