@@ -137,8 +137,10 @@ def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
     policy from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
     log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
-    logp = at_temperature(logits.detach(), temperature).log_softmax(-1)
-    entropy = -logp.exp().mul_(logp).sum(-1)
+    entropy = 0.0
+    for some in logits.detach().split(64):                         # copies of all logits at once would be the peak
+        logp = at_temperature(some, temperature).log_softmax(-1)
+        entropy = entropy - (logp.exp() * logp).sum()
     sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, entropy)
     return [x.sum() / total for x in sums]
 
@@ -436,13 +438,14 @@ def main():
                 new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb_mask, args.temperature,
                                                   tokenizer.vocab_size)
                 actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb_mask, args.clip, total)
+                measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
+                                           args.temperature, total)
+                del logits                                         # not kept through the backward pass
                 ptx_loss = torch.zeros_like(actor_loss)
                 if ptx:
                     ids, ids_mask, labels = (x.to(device) for x in collate_sft(ptx_micros[n]))
                     ptx_loss = sft_loss(*response_logits(actor_engine, ids, ids_mask, labels), ptx_total)
                 descend(actor_engine, actor_loss + args.ptx_coef * ptx_loss)
-                measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
-                                           args.temperature, total)
                 actor_losses.append(torch.stack([actor_loss, ptx_loss, *measures]).detach())
 
             use_adapter(*roles["critic"])
