@@ -326,7 +326,7 @@ class Llama(nn.Module):
         logits = self.lm_head(hidden) if head is None else thin_product(hidden, head)
         return logits[:, :self.n_words].float()
 
-    @torch.no_grad()
+    @torch.inference_mode()                  # no_grad, less its bookkeeping: a tenth of a token's time at B = 1
     def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
                uniforms=None, together=False):
         """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P), 0 after a row's eos_id.
