@@ -1,32 +1,38 @@
 """An SFT step beside DeepSpeed with transformers: batches of 8 rows of 32 to 256 tokens, in real tokens per second.
 
-Both are trained by the same DeepSpeed ZeRO-2 engine in the same process, with the same weights. Ours is what sft.py
-does: rows of like length in a batch, logits where there is a label, fused AdamW. The peer is what is usual: rows as
-they come, transformers' own loss with labels of -100 on prompts and padding, torch's AdamW by default. For LoRA
-both have lora.py's layers. Each race is over one epoch of the same 64 rows, whose losses must agree.
+Both are trained by the same DeepSpeed ZeRO-2 engine with the same weights, each in a process of its own. Ours is what
+sft.py does: rows of like length in a batch, logits where there is a label, fused AdamW, memory that is kept. The peer is
+what is usual: rows as they come, transformers' own loss with labels of -100 on prompts and padding, torch's AdamW by
+default. For LoRA both have lora.py's layers. Measured are epochs of the same rows, whose losses must agree.
 
     python bench/sft_step.py                  # some minutes on two quiet cores
 """
 import argparse
+import json
+import math
 import random
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import transformers
 
-from common import ALPHA, RANK, TARGETS, add_lora, load_model, race, table, write_models
+from common import ALPHA, RANK, TARGETS, add_lora, load_model, process, synchronize, table, write_models
 import sft
 from data import batches, collate_sft
 
-ROWS, BATCH = 64, 8
+ROWS, BATCH, EPOCHS = 32, 8, 3
 
 
 def get_args():
     parser = argparse.ArgumentParser(description="Times an SFT step beside DeepSpeed with transformers.")
     parser.add_argument("--size", default="15M")
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each, in turn")
+    parser.add_argument("--child", nargs=4, metavar=("WHO", "BASE", "LORA", "SHARE"), help="what each process is called with")
     return parser.parse_args()
 
 
@@ -52,53 +58,72 @@ def trained(model, lora):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def measure(base, lora, share, n_rows, device, dtype):
-    """Real tokens per second of ours and of the peer, where this share of each row is response."""
+def train(who, base, lora, share, n_rows):
+    """Prints as JSON the seconds of some epochs, after one that warms up, and the mean loss per response token; of ours
+    or of the peer, where this share of each row is response."""
+    if who == "peer":
+        sft.keep_memory = lambda: None       # the allocator's defaults
+    sys.argv = ["sft.py", "--model", "none", "--data", "none", "--out", "none"]
+    _, _, device, dtype = sft.setup(sft.get_args())
     rng = random.Random(0)
     lengths = [rng.randint(32, 256) for _ in range(n_rows)]
     rows = [([rng.randrange(3, 31_990) for _ in range(T)], max(1, T - round(share * T))) for T in lengths]
-    ours = our_engine(load_model(base, dtype, device), base, lora, dtype)
-    peer = peer_engine(transformers.AutoModelForCausalLM.from_pretrained(base).to(device, dtype), lora, dtype)
+    if who == "ours":
+        engine, groups = our_engine(load_model(base, dtype, device), base, lora, dtype), list(batches(lengths, BATCH, 0, 0))
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base).to(device, dtype)
+        engine, groups = peer_engine(model, lora, dtype), [range(at, at + BATCH) for at in range(0, n_rows, BATCH)]
 
-    def epoch(engine, groups, loss_of):
-        """The mean loss per response token of all the rows."""
-        total = 0.0
-        for group in groups:
-            some = [rows[i] for i in group]
-            loss = loss_of(engine, *(x.to(device) for x in collate_sft(some)), some)
-            engine.backward(loss)
-            engine.step()
-            total += float(loss) * sft.n_labels(some)
-        return total / sft.n_labels(rows)
-
-    def loss_ours(engine, ids, mask, labels, some):
-        return sft.sft_loss(*sft.response_logits(engine, ids, mask, labels), sft.n_labels(some))
-
-    def loss_peer(engine, ids, mask, labels, some):
+    def loss_of(ids, mask, labels):
+        if who == "ours":
+            return sft.sft_loss(*sft.response_logits(engine, ids, mask, labels), int((labels != -100).sum()))
         return engine(input_ids=ids, attention_mask=mask.long(), labels=labels, use_cache=False).loss
 
-    as_they_come = [range(at, at + BATCH) for at in range(0, n_rows, BATCH)]
-    seconds = race(lambda: epoch(ours, batches(lengths, BATCH, 0, 0), loss_ours),
-                   lambda: epoch(peer, as_they_come, loss_peer))
-    return [sum(lengths) / s for s in seconds]
+    seconds = []
+    for _ in range(1 + EPOCHS):
+        start, loss = time.perf_counter(), 0.0
+        for group in groups:
+            some = [rows[i] for i in group]
+            batch_loss = loss_of(*(x.to(device) for x in collate_sft(some)))
+            engine.backward(batch_loss)
+            engine.step()
+            loss += float(batch_loss) * sft.n_labels(some) / sft.n_labels(rows)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": seconds[1:], "tokens": sum(lengths), "loss": loss}))
+    sft.finish()
+
+
+def measure(base, lora, share, n_rows, rounds):
+    """Real tokens per second of ours and of the peer."""
+    found = {"ours": [], "peer": []}
+    for _ in range(rounds):
+        for who, results in found.items():
+            child = ["--child", who, base, lora, share]
+            out, _ = process([sys.executable, __file__, "--rows", n_rows, *child], base.parent / f"{who}.log")
+            results.append(json.loads(out.splitlines()[-1]))
+    losses = [result["loss"] for results in found.values() for result in results]
+    assert all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses), f"not the same work: {losses}"
+    return [results[0]["tokens"] / statistics.median(s for result in results for s in result["seconds"])
+            for results in found.values()]
 
 
 def main():
     args = get_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sys.argv = ["sft.py", "--model", "none", "--data", "none", "--out", "none"]
-    _, _, device, dtype = sft.setup(sft.get_args())
+    if args.child:
+        who, base, lora, share = args.child
+        return train(who, Path(base), lora == "True", float(share), args.rows)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder) / args.size, args.size)
         for lora in (False, True):
             for share in (0.4, 1.0):
-                ours, peer = measure(Path(folder) / args.size / "base", lora, share, args.rows, device, dtype)
+                ours, peer = measure(Path(folder) / args.size / "base", lora, share, args.rows, args.rounds)
                 rows.append((f"{'LoRA' if lora else 'full'}, {share:.0%} of the tokens are response", ours, peer,
                              f"{ours / peer:.2f}"))
     table([f"SFT, {args.size}: real tokens/s", "ours", f"DeepSpeed + transformers {transformers.__version__}", "ratio"], rows)
-    sft.finish()
 
 
 if __name__ == "__main__":
