@@ -61,8 +61,6 @@ def trained(model, lora):
 def train(who, base, lora, share, n_rows):
     """Prints as JSON the seconds of some epochs, after one that warms up, and the mean loss per response token; of ours
     or of the peer, where this share of each row is response."""
-    if who == "peer":
-        sft.keep_memory = lambda: None       # the allocator's defaults
     sys.argv = ["sft.py", "--model", "none", "--data", "none", "--out", "none"]
     _, _, device, dtype = sft.setup(sft.get_args())
     rng = random.Random(0)
