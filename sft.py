@@ -13,6 +13,7 @@
 """
 import argparse
 import ctypes
+import errno
 import gc
 import hashlib
 import itertools
@@ -561,6 +562,8 @@ def writing(path, needed=0, flag=""):
             raise
         there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
         free, why = shutil.disk_usage(there).free, getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "inline_container" in why and free < needed:            # torch.save speaks of positions
+            why = os.strerror(errno.ENOSPC)
         room = f"; {max(1, needed / 1e6):,.0f} MB are needed, {free / 1e6:,.0f} MB are free" if needed else ""
         raise BadInput(f"{flag}{path}: cannot be written ({why}){room}") from None
 
@@ -817,11 +820,12 @@ def run(main):
     rank = os.environ.get("RANK", "0")
     try:
         main()
+        leave(0)
     except Agreed as error:                  # by all ranks at one place
         if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         finish()
-        sys.exit(2)
+        leave(2)
     except BadInput as error:
         if rank == "0" or dist.is_initialized() or isinstance(error, CannotMeet):
             tell_failed()

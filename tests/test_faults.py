@@ -321,6 +321,40 @@ def test_a_full_disk_is_said_with_its_path_and_the_checkpoint_before_is_whole(ra
     assert_same(out, uninterrupted("sft", ranks))
 
 
+# In a mount namespace of its own: a disk of $1 KiB, which a run fills up; then a larger one, on which it goes on; $2 gets all.
+SMALL_DISK = """
+mount -t tmpfs -o size=$1k small "$OUT" || exit 77
+"$PYTHON" sft.py "${@:3}" --out "$OUT"; echo "status $?"
+ls -d "$OUT"/checkpoints/*
+mount -o remount,size=1g "$OUT"
+"$PYTHON" sft.py "${@:3}" --out "$OUT" --resume; echo "status $?"
+cp -r "$OUT/." "$2"
+"""
+
+
+def test_a_small_disk_that_fills_up_for_real(stopped, command, uninterrupted, tmp_path):
+    def kilobytes(files):
+        return sum(-(-file.stat().st_size // 4096) * 4 for file in files)
+
+    earlier, out, kept = stopped(tmp_path / "earlier"), tmp_path / "run", tmp_path / "kept"
+    others = [file for file in earlier.rglob("*") if file.is_file() and "checkpoints" not in file.parts]
+    room = kilobytes(others) + round(2.5 * kilobytes((earlier / "checkpoints" / "step-4").iterdir()))
+    for folder in (out, kept):
+        folder.mkdir()
+    done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", SMALL_DISK, "-", str(room), str(kept),
+                           *command("sft", out, SHORT)[:-2]], cwd=REPO, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "PYTHON": sys.executable})
+    if done.returncode == 77 or "unshare" in done.stdout:
+        pytest.skip("this user may not mount a disk of his own")
+    (line,) = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert "step-6.tmp" in line and "No space left" in line and "MB are needed, 0 MB are free" in line
+    assert "Traceback" not in done.stdout and [x for x in done.stdout.splitlines() if x[:6] == "status"] == ["status 2", "status 0"]
+    assert f"{out}/checkpoints/step-2\n{out}/checkpoints/step-4\n" in done.stdout
+    assert f"resuming {out} after step 4" in done.stdout
+    assert_same(kept, uninterrupted("sft"))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("what, words", [("raise ArithmeticError('this one')", "ArithmeticError: this one"),
                                          ("os.kill(os.getpid(), 9)", "return code = -9")])
