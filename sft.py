@@ -820,7 +820,8 @@ def run(main):
     rank = os.environ.get("RANK", "0")
     try:
         main()
-        leave(0)
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            leave(0)
     except Agreed as error:                  # by all ranks at one place
         if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
