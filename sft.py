@@ -416,8 +416,6 @@ def make_engine(args, model, trained, lr, steps, micro, accumulation, dtype):
               "gradient_clipping": args.grad_clip, "steps_per_print": 10**9}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     engine.bad = 0                           # updates skipped in a row
-    if args.zero_stage < 3 and not torch.cuda.is_available():      # ZeRO-3 is for those who are short of memory
-        keep_memory()                        # from here on: what loading took has gone back
     if dtype == torch.float16 and args.zero_stage:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False              # RunState.after has the word for it
     return engine
@@ -690,6 +688,8 @@ class RunState:
         """The engines will be in every checkpoint; on --resume they get their moments and places in the schedule."""
         self.engines = engines
         stop["wait"] = True                  # training begins: from now on a signal lets the step end
+        if self.args.zero_stage < 3 and not torch.cuda.is_available():       # ZeRO-3 is for those who are short of memory
+            keep_memory()                    # what loading took has gone back
         if not self.step:
             return
         for name, engine in engines.items():

@@ -40,6 +40,7 @@ def our_engine(model, base, lora, dtype):
     """As sft.py makes it; the rate is 0, so that every round has the same weights."""
     sys.argv = ["sft.py", "--model", str(base), "--data", "none", "--out", "none", "--batch", str(BATCH)]
     args = sft.get_args()
+    sft.keep_memory()                        # as RunState.track_engines does
     return sft.make_engine(args, model, trained(model, lora), 0.0, 100, BATCH, 1, dtype)
 
 
@@ -113,6 +114,8 @@ def main():
     if args.child:
         who, base, lora, share = args.child
         return train(who, Path(base), lora == "True", float(share), args.rows)
+    if args.rows % BATCH:
+        sys.exit(f"--rows {args.rows} does not divide by {BATCH}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder) / args.size, args.size)
