@@ -219,12 +219,12 @@ def parse(parser, *required):
 def keep_memory():
     """glibc returns every large block to the system, which fills the next one with zeros, page by page: a quarter of a
     step's time on CPU. From now on it keeps what it has; up to a quarter more memory was seen."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):                   # another system's allocator
-        return
-    mallopt(-4, 0)                           # M_MMAP_MAX: no block is taken from the system by itself
-    mallopt(-1, -1)                          # M_TRIM_THRESHOLD: and none is given back
+    tell_allocator("mallopt", -4, 0)         # M_MMAP_MAX: no block is taken from the system by itself
+    tell_allocator("mallopt", -1, -1)        # M_TRIM_THRESHOLD: and none is given back
+
+def tell_allocator(function, *numbers):
+    with suppress(AttributeError, OSError, TypeError):             # another system's has no such function
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 def setup(args):
     """Starts the process group, with the launcher or without; (rank, world, device, dtype)."""
@@ -716,6 +716,8 @@ class RunState:
                 last = next((f"step-{s}" for s in self.steps()), "there is none")
                 raise Agreed(f"step {step}: the last {engine.bad} gradients of the {name} were not finite, and the rate may be "
                              f"too high; rows of the data in this step: {rows}; last checkpoint: {last}")
+        if step % 50 == 0:                   # or what lies free between blocks in use would grow with the steps
+            tell_allocator("malloc_trim", 0)
         every = self.args.save_every
         due = step % every == 0 if every else time.monotonic() - self.saved > 15 * 60
         number, due = max_over_ranks(stop["signal"], due and self.rank == 0)
