@@ -29,9 +29,9 @@ from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft,
 from llama import BadInput, Llama, find_tensors, read_json
 from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, gathered, load_rows,
-                 make_engine, n_labels, number, parse, positive, response_logits, run, save, say, setup, sft_loss,
-                 sum_over_ranks, together, writing)
+from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, fail_together,
+                 gathered, load_rows, make_engine, n_labels, number, parse, positive, response_logits, run, save, say,
+                 setup, sft_loss, sum_over_ranks, writing)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -137,10 +137,9 @@ def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
     policy from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
     log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
-    entropy = 0.0
-    for some in logits.detach().split(64):                         # copies of all logits at once would be the peak
-        logp = at_temperature(some, temperature).log_softmax(-1)
-        entropy = entropy - (logp.exp() * logp).sum()
+    # 64 places at a time: a copy of all the logits would be the step's peak of memory
+    logps = (at_temperature(some, temperature).log_softmax(-1) for some in logits.detach().split(64))     # each (64,V)
+    entropy = sum(-(logp.exp() * logp).sum() for logp in logps)
     sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, entropy)
     return [x.sum() / total for x in sums]
 
@@ -365,10 +364,10 @@ def read_inputs(args, world):
 def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
-    with together():
+    with fail_together():
         (accumulation, tokenizer, folder, config, reward_config, stats, gold,
          train, held_out, ptx) = read_inputs(args, world)
-    with together():
+    with fail_together():
         roles = build_roles(args, dtype, device)
     lengths = [len(prompt) for prompt in train]
     state = RunState(args, lengths)
@@ -440,7 +439,7 @@ def main():
                 actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb_mask, args.clip, total)
                 measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
                                            args.temperature, total)
-                del logits                                         # not kept through the backward pass
+                del logits                                         # (N,V), not needed in the backward pass
                 ptx_loss = torch.zeros_like(actor_loss)
                 if ptx:
                     ids, ids_mask, labels = (x.to(device) for x in collate_sft(ptx_micros[n]))

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
 from llama import BadInput, Linear, LlamaConfig, Transformer, find_tensors, load_weights, save_weights
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, load_rows,
-                 make_engine, number, parse, positive, run, save, setup, sum_over_ranks, together, writing)
+from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, fail_together,
+                 load_rows, make_engine, number, parse, positive, run, save, setup, sum_over_ranks, writing)
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -148,7 +148,7 @@ def main():
     rank, world, device, dtype = setup(args)
 
     # 1. the pairs
-    with together():
+    with fail_together():
         accumulation = accumulate(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
@@ -156,7 +156,7 @@ def main():
         train, held_out = load_rows(args, 1, encode_pair, tokenizer, args.max_len, args.batch, Counter())
 
     # 2. the model, and the weights of it that are trained; the score head always is
-    with together():
+    with fail_together():
         model = load_reward_model(args.model, dtype, device, args.base)
         if args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)

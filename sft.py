@@ -103,7 +103,7 @@ def main():
     rank, world, device, dtype = setup(args)
 
     # 1. everything that can be wrong is looked at before any weights load, and by all ranks together
-    with together():
+    with fail_together():
         accumulation = accumulate(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)
         check_folders(args, adapter, full)
@@ -111,7 +111,7 @@ def main():
         train, held_out = load_rows(args, 0, encode_sft, tokenizer, args.max_len, args.batch, Counter())
 
     # 2. the model, and the weights of it that are trained
-    with together():
+    with fail_together():
         model = load_model(args.model, dtype, device, args.base)
         if args.lora_rank:
             add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
@@ -223,7 +223,8 @@ def keep_memory():
     tell_allocator("mallopt", -1, -1)        # M_TRIM_THRESHOLD: and none is given back
 
 def tell_allocator(function, *numbers):
-    with suppress(AttributeError, OSError, TypeError):             # another system's has no such function
+    """Calls a function of glibc's; another system's allocator has none of that name, and goes on as it is."""
+    with suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), function)(*numbers)
 
 def setup(args):
@@ -263,7 +264,7 @@ def setup(args):
     best = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = best if args.dtype == "auto" else args.dtype
     args.dtype = name
-    with together():
+    with fail_together():
         if name == "fp16" and not cuda:
             raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16")
         import toy                           # makes the toy world where the flags name it and it is not there
@@ -288,7 +289,7 @@ class CannotMeet(BadInput):
 patience, meetings = 1800.0, itertools.count()                     # seconds of silence that ranks bear from each other
 
 @contextmanager
-def together():
+def fail_together():
     """If a rank meets BadInput in the body, all raise it, and none is left waiting for it. The body may take one rank
     (often rank 0) as long as it likes: a thread tells the others that it is alive."""
     mine, done, meeting = None, threading.Event(), next(meetings)
@@ -534,7 +535,7 @@ def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
     """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
     average: pairs (parameter, its moving average), which takes the parameter's place for good."""
     needed = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter)
-    with gathered(model.parameters()), together(), writing(out, needed):
+    with gathered(model.parameters()), fail_together(), writing(out, needed):
         for parameter, mean in average:
             parameter.data.copy_(mean)
         if rank == 0:
@@ -600,7 +601,7 @@ class RunState:
         self.flags = json.loads(json.dumps(self.flags))            # as they will be read
         if args.resume:
             self.find()
-        with together(), writing(self.out, flag="--out "):
+        with fail_together(), writing(self.out, flag="--out "):
             if self.rank == 0 and not self.step:
                 self.out.mkdir(parents=True, exist_ok=True)
                 write_whole(self.out / "args.json", json.dumps(self.flags, indent=2) + "\n")
@@ -612,7 +613,7 @@ class RunState:
 
     def find(self):
         """Chooses the newest step whose files every rank finds whole, and reads its run.json."""
-        with together():
+        with fail_together():
             there = self.rank == 0 and (self.out / "args.json").exists()
             kept = read_json(self.out / "args.json") if there else {}
             self.refuse_others(kept)
@@ -634,7 +635,7 @@ class RunState:
             return
         self.step = max(common)
         self.source = self.folder / f"step-{self.step}"
-        with together():
+        with fail_together():
             run = read_json(self.source / "run.json") if self.rank == 0 else {}
             self.refuse_others(run.get("flags", {}))
         run = from_all(run)[0]
@@ -643,7 +644,7 @@ class RunState:
         named = [text for k, text in changed.items() if k not in ("out", "overwrite", "resume")]
         say(f"resuming {self.out} after step {self.step}" + (f"; changed: {', '.join(named)}" if named else "")
             + ("" if self.same else "; so the weights are kept, and the optimisers' moments start anew"))
-        with together(), writing(self.out):  # lines that came after the checkpoint are written again
+        with fail_together(), writing(self.out):  # lines that came after the checkpoint are written again
             for name, size in run["sizes"].items() if self.rank == 0 else ():
                 os.truncate(self.out / name, min(size, (self.out / name).stat().st_size))
 
@@ -736,14 +737,14 @@ class RunState:
         part = self.folder / f"step-{step}.tmp"
         own |= {"schedules": {name: engine.lr_scheduler.state_dict() for name, engine in self.engines.items()},
                 "skipped": {name: engine.skipped_steps for name, engine in self.engines.items()}}
-        with together(), writing(part):
+        with fail_together(), writing(part):
             if self.rank == 0 and not self.out.exists():
                 raise BadInput(f"{self.out}: the folder has vanished")
             for old in self.folder.glob("*.tmp") if self.first else ():            # an interrupted save's
                 shutil.rmtree(old, ignore_errors=True)
         # of each weight itself, its copy in float32 and two moments
         needed = sum(w.nbytes + 12 * getattr(w, "ds_numel", w.numel()) for w in self.weights.values())
-        with gathered(self.weights.values()), together(), writing(part, needed):
+        with gathered(self.weights.values()), fail_together(), writing(part, needed):
             part.mkdir(parents=True, exist_ok=True)
             mine = {name: engine.optimizer.state_dict() for name, engine in self.engines.items()}
             mine["random"] = torch.get_rng_state()
@@ -759,7 +760,7 @@ class RunState:
             prints = {name: fingerprint(part / name, sync=True) for name in names}
         manifest = {name: mark for some in from_all(prints) for name, mark in some.items()}
         for turn in (self.rank == 0, self.rank > 0 and self.first):        # then where another machine has another disk
-            with together(), writing(part):
+            with fail_together(), writing(part):
                 if turn and part.exists():
                     self.publish(part, manifest)
         self.saved = time.monotonic()
@@ -822,7 +823,7 @@ def run(main):
     rank = os.environ.get("RANK", "0")
     try:
         main()
-        if int(os.environ["WORLD_SIZE"]) > 1:
+        if int(os.environ["WORLD_SIZE"]) > 1:                      # one rank of two has aborted in the interpreter's end
             leave(0)
     except Agreed as error:                  # by all ranks at one place
         if rank == "0":
