@@ -2,13 +2,13 @@
 
 Of each weight that is trained there is, in b bytes (2 in bf16, 4 in float32), the weight and its gradient; in float32 two
 moments, and under ZeRO (or in bf16) a copy of the weight and, while an update is made, one of the gradient. Stage 1 divides
-what is in float32 by the ranks, stage 2 the gradients too, stage 3 the weights too. Gradients travel in buckets; stage 3 holds
-up to a billion weights whole for the layers at work. A frozen weight is b bytes. The formulas are those of DeepSpeed 0.19, and
-tests/test_memory.py holds them against what ranks take.
+what is in float32 by the ranks, and the gradients for the update; stage 2 divides them at once, stage 3 the weights too, but
+to save them it makes them whole on every rank. Gradients travel in buckets. A frozen weight is b bytes. The formulas are
+those of DeepSpeed 0.19, and tests/test_memory.py holds them against what ranks take.
 
     python bench/memory.py                    # the README's table
 """
-BUCKET, ALLREDUCE, LIVE = 50_000_000, 500_000_000, 1_000_000_000   # elements
+BUCKET, ALLREDUCE = 2_000_000, 500_000_000    # elements: of sft.py under ZeRO, of DeepSpeed without
 CARDS = (24, 40, 80)
 MODELS = {"1B": 1.1e9, "7B": 6.7e9, "13B": 13e9}
 
@@ -17,12 +17,18 @@ def rank_bytes(trained, frozen=0, apart=0, ranks=1, stage=2, width=2):
     """Bytes on each rank for weights that are trained, frozen in a trained network, and in networks apart (which no stage
     divides); width is the bytes of a weight in the network."""
     weights = width * (apart + (frozen + trained) / (ranks if stage == 3 else 1))
-    gradients = width * trained / (ranks if stage >= 2 else 1)
-    in_float32 = (8 if stage == 0 and width == 4 else 12 if stage == 0 else 16) * trained / (ranks if stage else 1)
+    gradients, part = width * trained / (ranks if stage >= 2 else 1), width * trained / (ranks if stage else 1)
+    float32 = (0 if stage == 0 and width == 4 else 4) + 8          # bytes: copy and moments, divided from stage 1 on
+    float32 *= trained / (ranks if stage else 1)
     bucket = width * min(trained, BUCKET if stage else ALLREDUCE)
-    whole = bucket + width * min(frozen + trained, LIVE) if stage == 3 else 0
-    loaded = width * (apart + frozen + trained)                    # every rank reads all of it first, whatever the stage
-    return max(loaded, weights + gradients + in_float32 + bucket + whole)
+    backward = weights + gradients + float32 + bucket
+    update = weights + part + float32 + bucket
+    if stage:                                # of its part, a rank makes a gradient in float32, in half precision by way of a copy
+        update += (4 if width == 4 else 4 + width) * trained / ranks
+    whole = width * (frozen + trained)
+    loading = width * apart + whole          # every rank reads all of it first, whatever the stage
+    saving = weights + part + float32 + whole if stage == 3 else 0
+    return max(loading, backward, update, saving)
 
 
 def main():

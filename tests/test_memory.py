@@ -1,4 +1,5 @@
 """bench/memory.py against the memory that ranks really take."""
+import re
 import sys
 
 import pytest
@@ -11,12 +12,13 @@ from memory import rank_bytes  # noqa: E402
 
 SIZES = {"small": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
          "large": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8)}
-# Prints each rank's peak in training: from the first evaluation, when the model is loaded, to the saving.
+# Prints each rank's peak in training: from the first evaluation, when the model is loaded, to the saving, but for the bytes
+# of the file, which are no rank's on a GPU.
 MEASURED = """
 import sys, threading, time
 sys.path.insert(0, {repo!r})
 sys.argv[0] = "sft"
-import psutil, sft
+import llama, psutil, sft
 
 perplexity, save, peak = sft.perplexity, sft.save, 0
 def watch():
@@ -29,9 +31,10 @@ def begin(*args):
     threading.Thread(target=watch, daemon=True).start()
     return perplexity(*args)
 def end(*args, **more):
-    print("peak", peak, flush=True)
     save(*args, **more)
+    print("peak", peak, flush=True)
 sft.perplexity, sft.save = begin, end
+llama.Llama.save_pretrained = lambda *_: time.sleep(0.1)
 sft.keep_memory = lambda: None               # what is kept on a CPU comes on top
 sft.run(sft.main)
 """
@@ -43,6 +46,7 @@ def test_the_calculator_agrees_with_measured_peaks(ranks, stage, full, tokenizer
     if not full and (ranks, stage) not in {(1, 2), (2, 3)}:
         pytest.skip("two of the six are enough but in ./run.sh faults")
     peaks, weights = {}, {}
+    env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}       # glibc gives back at once what is freed
     (tmp_path / "measured.py").write_text(MEASURED.format(repo=str(REPO)))
     for size, config in SIZES.items():
         model = tiny_llama(**config, num_key_value_heads=None, head_dim=None)
@@ -52,10 +56,10 @@ def test_the_calculator_agrees_with_measured_peaks(ranks, stage, full, tokenizer
         del model
         done = run_script(tmp_path / "measured.py", "--model", tmp_path / size, "--data", pairs_file, "--max-len", "48", "--batch", "2",
                           "--micro-batch", "1", "--steps", "2", "--zero-stage", stage, "--split", "none",
-                          "--out", tmp_path / f"{size}-run", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+                          "--out", tmp_path / f"{size}-run", ranks=ranks, env=env)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        peaks[size] = max(int(line.split()[-1]) for line in done.stdout.splitlines() if "peak " in line)
+        peaks[size] = max(map(int, re.findall(r"peak (\d+)", done.stdout)))
     measured = peaks["large"] - peaks["small"]     # what the program and its libraries take is in both
     expected = sum(sign * rank_bytes(weights[size], ranks=ranks, stage=stage, width=4) for size, sign in (("large", 1), ("small", -1)))
     print(f"ranks {ranks} stage {stage}: measured {measured / 1e6:.0f} MB, expected {expected / 1e6:.0f} MB")
-    assert 0.85 < measured / expected < 1.15
+    assert 0.9 < measured / expected < 1.1
