@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -215,3 +216,13 @@ def test_two_ranks_print_one_line_and_leave_without_a_hang(script, changes, says
     assert len(errors) == 1 and says in errors[0]
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == [] and (paths["run"] / "metrics.jsonl").read_text() == "what took days\n"
+
+
+def test_a_port_in_use_is_named_and_how_to_choose_another(paths, tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(busy.getsockname()[1])}
+        done = run_script("sft.py", *flags("sft.py", {}, paths, tmp_path / "out"), timeout=60, env=ON_CPU | launched)
+    assert done.returncode == 2 and "--master_port" in one_line(done.stderr) and not (tmp_path / "out").exists()
