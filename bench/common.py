@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, a fair race, a process with its peak memory, a table."""
+"""What the benchmarks share: models, a fair race, a process with its peak memory, what the machine allows, a table."""
 import math
 import os
 import statistics
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,6 +19,7 @@ from lora import add_lora, load_model, save_adapter
 from reward import RewardModel
 
 SIZES = {"1M": (64, 172, 4, 4), "15M": (288, 768, 6, 6), "110M": (768, 2048, 12, 12)}  # width, inner, layers, heads
+VOCABULARY = 32_000
 RANK, ALPHA, TARGETS = 8, 16.0, ["q_proj", "k_proj"]
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -29,7 +31,7 @@ def write_models(folder, size, ends=0.0):
     folder.mkdir(parents=True)
     words = folder / "words.txt"
     words.write_text("\n".join(f"w{i}" for i in range(31_997)))
-    sentencepiece.SentencePieceTrainer.train(input=str(words), model_prefix=str(folder / "tokenizer"), vocab_size=32_000,
+    sentencepiece.SentencePieceTrainer.train(input=str(words), model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY,
                                              model_type="word", hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2,
                                              pad_id=-1, normalization_rule_name="identity", minloglevel=2)
     C, inner, layers, heads = SIZES[size]
@@ -81,6 +83,27 @@ def race(*racers, rounds=3):
             synchronize()
             times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]
+
+
+def flops(size, tokens, T, n_logits):
+    """Floating-point operations of a forward pass over so many tokens, in texts of T, of which the causal half is
+    attended to, and logits. A backward pass takes twice as many, or as many where only adapters are trained."""
+    C, inner, layers, _ = SIZES[size]
+    return tokens * layers * 2 * (4 * C * C + 3 * C * inner + C * T) + n_logits * 2 * C * VOCABULARY
+
+
+def matrix_rate(size, dtype=torch.float32, device="cpu", rows=1024):
+    """Operations a second of products of so many rows with a layer's widest matrix or with the head, the faster."""
+    C, inner, *_ = SIZES[size]
+    x = torch.randn(rows, C, dtype=dtype, device=device)
+    weights = [torch.randn(n, C, dtype=dtype, device=device) for n in (inner, VOCABULARY)]
+    return max(2 * rows * w.numel() / race(lambda: F.linear(x, w)[0, 0], rounds=9)[0] for w in weights)
+
+
+def read_rate(n_bytes, device="cpu"):
+    """Bytes a second at which the sum of so many is taken; few may lie in a cache."""
+    x = torch.ones(max(1, n_bytes // 4), device=device)
+    return x.nbytes / race(x.sum, rounds=9)[0]
 
 
 def synchronize():

@@ -1,6 +1,7 @@
 """Generation beside transformers: 64 prompt and 128 new tokens at temperature 1, none of which ends early.
 
-The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
+The floor is the time in which the machine reads the weights and the cache once per token, or multiplies, whichever takes
+longer. The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
 pass compiled, which is its fastest setting (that needs a C++ compiler on CPU).
 
     python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from common import SIZES, load_model, race, table, write_models
+from common import SIZES, VOCABULARY, flops, load_model, matrix_rate, race, read_rate, table, write_models
 from sft import DTYPES
 
 P, NEW = 64, 128
@@ -55,6 +56,17 @@ def measure(base, B, new, device, dtype, tuned):
     return [B * new / seconds for seconds in race(*racers)]
 
 
+def floor(size, B, new, device, dtype):
+    """New tokens per second that the machine allows."""
+    C, inner, layers, _ = SIZES[size]
+    weights = layers * (4 * C * C + 3 * C * inner) + C * VOCABULARY
+    length = P + new // 2                                # of a text, on average
+    n_bytes = (weights + B * length * layers * 2 * C) * dtype.itemsize
+    rate = matrix_rate(size, dtype, device)
+    step = max(n_bytes / read_rate(n_bytes, device), flops(size, B, 2 * length, B) / rate)
+    return B * new / (flops(size, B * P, P, B) / rate + (new - 1) * step)
+
+
 def main():
     args = get_args()
     transformers.logging.set_verbosity_error()
@@ -66,10 +78,11 @@ def main():
             write_models(Path(folder) / size, size)
             for B in args.batches or [1, 16, 64][:2 if size == "110M" else 3]:
                 speeds = measure(Path(folder) / size / "base", B, args.new, device, DTYPES[args.dtype], not args.no_tuned)
-                rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:])))
+                rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:]),
+                             floor(size, B, args.new, device, DTYPES[args.dtype])))
     tuned = ["tuned"] * (not args.no_tuned)
     peers = [f"transformers {transformers.__version__}{', ' + kind if kind else ''}" for kind in ["", *tuned]]
-    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers))], rows)
+    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers)), "the floor"], rows)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common import SIZES, load_model, table, write_models
-from ppo_step import run_ours, write_prompts
+from ppo_step import B, NEW, run_ours, write_prompts
 
-BATCHES, LENGTHS = (4, 8, 16, 32, 64), (32, 64, 128, 256)
-B, NEW = 16, 64                              # where another thing grows
+BATCHES, LENGTHS = (4, 8, 16, 32, 64), (32, 64, 128, 256)    # beside B and NEW, where another thing grows
 
 
 def get_args():

@@ -1,7 +1,8 @@
 """A PPO step beside TRL's: 16 prompts of 64 tokens, answers of 64, two passes of one mini-batch, temperature 1.
 
 Ours is ppo.py itself, TRL's is its PPO trainer (trl_ppo.py), each in a process of its own, in turn; the first step of
-each process is left out. Peak memory is the process's. One more row is ours with answers that end by themselves.
+each process is left out. Peak memory is the process's. One more row is ours with answers that end by themselves, and one
+is the floor: what the products of a step would take at the machine's best rate.
 
     python bench/ppo_step.py                  # some minutes on two quiet cores
 """
@@ -13,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import process, table, write_models
+from common import flops, matrix_rate, process, table, write_models
 
-P = 64
+P, B, NEW, PASSES = 64, 16, 64, 2
 
 
 def get_args():
@@ -33,14 +34,19 @@ def write_prompts(folder, n=512):
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
 
 
-def run_ours(folder, lora, B=16, new=64, steps=4, launch=(sys.executable,), **environment):
-    """(seconds of each step but the first, peak memory in MB, mean length of the answers) of ppo.py."""
+def words_of_ours(folder, lora, B, new, steps):
+    """The command line of ppo.py."""
     kind = "-lora" if lora else ""
-    words = [*launch, "ppo.py", "--actor", folder / f"base{kind}", "--reward", folder / f"reward{kind}",
-             "--data", folder / "prompts.jsonl", "--eval-data", folder / "prompts.jsonl", "--eval-prompts", 1,
-             "--out", folder / "run", "--overwrite", "--reward-norm", "none", "--max-prompt", P, "--max-new", new,
-             "--rollout-batch", B, "--mini-batch", B, "--micro-batch", 8, "--ppo-epochs", 2, "--steps", steps, "--actor-lr", 1e-6]
-    _, peak = process(words, folder / "ppo.log", **environment)
+    words = ["ppo.py", "--actor", folder / f"base{kind}", "--reward", folder / f"reward{kind}", "--data", folder / "prompts.jsonl",
+             "--eval-data", folder / "prompts.jsonl", "--eval-prompts", 1, "--out", folder / "run", "--overwrite",
+             "--reward-norm", "none", "--max-prompt", P, "--max-new", new, "--rollout-batch", B, "--mini-batch", B,
+             "--micro-batch", 8, "--ppo-epochs", PASSES, "--steps", steps, "--actor-lr", 1e-6]
+    return [str(word) for word in words]
+
+
+def run_ours(folder, lora, B=B, new=NEW, steps=4, launch=(sys.executable,), **environment):
+    """(seconds of each step but the first, peak memory in MB, mean length of the answers) of ppo.py."""
+    _, peak = process([*launch, *words_of_ours(folder, lora, B, new, steps)], folder / "ppo.log", **environment)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "tokens_per_s" in line][1:]
     lengths = [line["length"] for line in lines]
@@ -51,7 +57,17 @@ def run_ours(folder, lora, B=16, new=64, steps=4, launch=(sys.executable,), **en
 def run_trl(folder, lora, tuned, steps):
     words = [sys.executable, "bench/trl_ppo.py", folder, "--steps", steps, *["--lora"] * lora, *["--tuned"] * tuned]
     out, peak = process(words, folder / "trl.log")
-    return json.loads(out)[1:], peak, 64.0
+    return json.loads(out)[1:], peak, float(NEW)
+
+
+def floors(size, lora):
+    """{phase: the seconds of its products alone}: an answer to each prompt; a pass over all of it of each of four networks,
+    two of which give the answers' logits; and of actor and critic the passes forward and backward that train them."""
+    body, head = flops(size, B * (P + NEW), P + NEW, 0), flops(size, 0, 0, B * NEW)
+    training = PASSES * (2 * body + head)
+    needed = {"answers": body + head, "passes": 4 * body + 2 * head, "forward": training, "backward": (1 if lora else 2) * training}
+    rate = matrix_rate(size)
+    return {phase: n / rate for phase, n in needed.items()}
 
 
 def main():
@@ -78,7 +94,9 @@ def main():
                 ours = ours or (seconds, peak)
                 rows.append((f"{what}, {'LoRA' if lora else 'full'}", f"{length:.0f}", seconds, f"{seconds / ours[0]:.2f}",
                              peak, f"{peak / ours[1]:.2f}"))
-    table([f"PPO step, {args.size}, 16 x (64 + 64)", "tokens per answer", "s", "time / ours", "peak MB", "memory / ours"],
+            seconds = sum(floors(args.size, lora).values())
+            rows.append((f"the floor, {'LoRA' if lora else 'full'}", f"{NEW}", seconds, f"{seconds / ours[0]:.2f}", "", ""))
+    table([f"PPO step, {args.size}, {B} x ({P} + {NEW})", "tokens per answer", "s", "time / ours", "peak MB", "memory / ours"],
           rows)
 
 

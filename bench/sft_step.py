@@ -3,7 +3,8 @@
 Both are trained by the same DeepSpeed ZeRO-2 engine with the same weights, each in a process of its own. Ours is what
 sft.py does: rows of like length in a batch, logits where there is a label, fused AdamW, memory that is kept. The peer is
 what is usual: rows as they come, transformers' own loss with labels of -100 on prompts and padding, torch's AdamW by
-default. For LoRA both have lora.py's layers. Measured are epochs of the same rows, whose losses must agree.
+default. For LoRA both have lora.py's layers. Measured are epochs of the same rows, whose losses must agree. The floor is
+what the products of those rows would take at the machine's best rate.
 
     python bench/sft_step.py                  # some minutes on two quiet cores
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from common import ALPHA, RANK, TARGETS, add_lora, load_model, process, synchronize, table, write_models
+from common import (ALPHA, RANK, TARGETS, add_lora, flops, load_model, matrix_rate, process, synchronize, table,
+                    write_models)
 import sft
 from data import batches, collate_sft
 
@@ -89,12 +91,13 @@ def train(who, base, lora, share, n_rows):
             loss += float(batch_loss) * sft.n_labels(some) / sft.n_labels(rows)
         synchronize()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[1:], "tokens": sum(lengths), "loss": loss}))
+    shapes = [(len(ids), len(ids) - n_prompt) for ids, n_prompt in rows]
+    print(json.dumps({"seconds": seconds[1:], "loss": loss, "shapes": shapes}))
     sft.finish()
 
 
-def measure(base, lora, share, n_rows, rounds):
-    """Real tokens per second of ours and of the peer."""
+def measure(base, size, lora, share, n_rows, rounds):
+    """Real tokens per second of ours, of the peer, and of a machine that did nothing but the products that are needed."""
     found = {"ours": [], "peer": []}
     for _ in range(rounds):
         for who, results in found.items():
@@ -103,8 +106,10 @@ def measure(base, lora, share, n_rows, rounds):
             results.append(json.loads(out.splitlines()[-1]))
     losses = [result["loss"] for results in found.values() for result in results]
     assert all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses), f"not the same work: {losses}"
-    return [results[0]["tokens"] / statistics.median(s for result in results for s in result["seconds"])
-            for results in found.values()]
+    shapes = found["ours"][0]["shapes"]      # [(tokens, of which response)]
+    needed = (2 if lora else 3) * sum(flops(size, T, T, n) for T, n in shapes)
+    seconds = [statistics.median(s for result in results for s in result["seconds"]) for results in found.values()]
+    return [sum(T for T, _ in shapes) / s for s in (*seconds, needed / matrix_rate(size))]
 
 
 def main():
@@ -121,10 +126,12 @@ def main():
         write_models(Path(folder) / args.size, args.size)
         for lora in (False, True):
             for share in (0.4, 1.0):
-                ours, peer = measure(Path(folder) / args.size / "base", lora, share, args.rows, args.rounds)
+                base = Path(folder) / args.size / "base"
+                ours, peer, floor = measure(base, args.size, lora, share, args.rows, args.rounds)
                 rows.append((f"{'LoRA' if lora else 'full'}, {share:.0%} of the tokens are response", ours, peer,
-                             f"{ours / peer:.2f}"))
-    table([f"SFT, {args.size}: real tokens/s", "ours", f"DeepSpeed + transformers {transformers.__version__}", "ratio"], rows)
+                             f"{ours / peer:.2f}", floor))
+    peer = f"DeepSpeed + transformers {transformers.__version__}"
+    table([f"SFT, {args.size}: real tokens/s", "ours", peer, "ratio", "the floor"], rows)
 
 
 if __name__ == "__main__":
