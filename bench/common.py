@@ -18,7 +18,7 @@ from llama import Llama, LlamaConfig, copy_tokenizer
 from lora import add_lora, load_model, save_adapter
 from reward import RewardModel
 
-SIZES = {"1M": (64, 172, 4, 4), "15M": (288, 768, 6, 6), "110M": (768, 2048, 12, 12)}  # width, inner, layers, heads
+SIZES = {"2M": (64, 172, 4, 4), "15M": (288, 768, 6, 6), "110M": (768, 2048, 12, 12)}  # width, inner, layers, heads
 VOCABULARY = 32_000
 RANK, ALPHA, TARGETS = 8, 16.0, ["q_proj", "k_proj"]
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -101,7 +101,7 @@ def matrix_rate(size, dtype=torch.float32, device="cpu", rows=1024):
 
 
 def read_rate(n_bytes, device="cpu"):
-    """Bytes a second at which the sum of so many is taken; few may lie in a cache."""
+    """Bytes a second at which so many are read and summed; of a small model they may lie in the processor's cache."""
     x = torch.ones(max(1, n_bytes // 4), device=device)
     return x.nbytes / race(x.sum, rounds=9)[0]
 
@@ -112,10 +112,10 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def table(header, rows):
+def table(header, rows, device="cpu"):
     """Prints a table in Markdown and, below it, with what it was measured."""
     print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for row in rows:
         print("| " + " | ".join(x if isinstance(x, str) else f"{x:,.0f}" if x >= 100 else f"{x:.2f}" for x in row) + " |")
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if str(device) == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\ntorch {torch.__version__}, {name}, {date.today()}", flush=True)

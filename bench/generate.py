@@ -1,7 +1,7 @@
 """Generation beside transformers: 64 prompt and 128 new tokens at temperature 1, none of which ends early.
 
-The floor is the time in which the machine reads the weights and the cache once per token, or multiplies, whichever takes
-longer. The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
+"At most" is the speed at which the machine would read the weights and the cache once per token, or multiply, whichever
+takes longer. The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
 pass compiled, which is its fastest setting (that needs a C++ compiler on CPU).
 
     python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16
@@ -57,14 +57,14 @@ def measure(base, B, new, device, dtype, tuned):
 
 
 def floor(size, B, new, device, dtype):
-    """New tokens per second that the machine allows."""
+    """Seconds that the machine needs at least for the prompts, and for each step after them."""
     C, inner, layers, _ = SIZES[size]
     weights = layers * (4 * C * C + 3 * C * inner) + C * VOCABULARY
     length = P + new // 2                                # of a text, on average
     n_bytes = (weights + B * length * layers * 2 * C) * dtype.itemsize
-    rate = matrix_rate(size, dtype, device)
+    rate = max(matrix_rate(size, kind, device) for kind in {dtype, torch.float32})      # bfloat16 may be slower
     step = max(n_bytes / read_rate(n_bytes, device), flops(size, B, 2 * length, B) / rate)
-    return B * new / (flops(size, B * P, P, B) / rate + (new - 1) * step)
+    return flops(size, B * P, P, B) / rate, step
 
 
 def main():
@@ -78,11 +78,13 @@ def main():
             write_models(Path(folder) / size, size)
             for B in args.batches or [1, 16, 64][:2 if size == "110M" else 3]:
                 speeds = measure(Path(folder) / size / "base", B, args.new, device, DTYPES[args.dtype], not args.no_tuned)
+                prompts, step = floor(size, B, args.new, device, DTYPES[args.dtype])
                 rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:]),
-                             floor(size, B, args.new, device, DTYPES[args.dtype])))
+                             B * args.new / (prompts + (args.new - 1) * step)))
     tuned = ["tuned"] * (not args.no_tuned)
     peers = [f"transformers {transformers.__version__}{', ' + kind if kind else ''}" for kind in ["", *tuned]]
-    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers)), "the floor"], rows)
+    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers)), "at most"], rows,
+          device)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Both are trained by the same DeepSpeed ZeRO-2 engine with the same weights, each in a process of its own. Ours is what
 sft.py does: rows of like length in a batch, logits where there is a label, fused AdamW, memory that is kept. The peer is
 what is usual: rows as they come, transformers' own loss with labels of -100 on prompts and padding, torch's AdamW by
-default. For LoRA both have lora.py's layers. Measured are epochs of the same rows, whose losses must agree. The floor is
-what the products of those rows would take at the machine's best rate.
+default. For LoRA both have lora.py's layers. Measured are epochs of the same rows, whose losses must agree. "At
+most" is the speed at which the machine would do nothing but the products of those rows.
 
     python bench/sft_step.py                  # some minutes on two quiet cores
 """
@@ -131,7 +131,7 @@ def main():
                 rows.append((f"{'LoRA' if lora else 'full'}, {share:.0%} of the tokens are response", ours, peer,
                              f"{ours / peer:.2f}", floor))
     peer = f"DeepSpeed + transformers {transformers.__version__}"
-    table([f"SFT, {args.size}: real tokens/s", "ours", peer, "ratio", "the floor"], rows)
+    table([f"SFT, {args.size}: real tokens/s", "ours", peer, "ratio", "at most"], rows)
 
 
 if __name__ == "__main__":

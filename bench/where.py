@@ -1,7 +1,8 @@
 """Where the time goes: of a PPO step (as in ppo_step.py) by phase, and of a token (as in generate.py) by kind of work.
 
-By timers around calls: PyTorch's profiler slows what it looks at, large products most of all. The floor is what the
-products would take at the machine's best rate, and for a token also what reading the weights and the cache would.
+By timers around calls: PyTorch's profiler slows what it looks at, large products most of all. What no timer sees in a PPO
+step is counted with the forward passes: rewards, GAE, the log. ZeRO copies gradients in the backward pass. The floor is
+what the products would take at the machine's best rate, for a token also what reading the weights and the cache would.
 
     python bench/where.py                     # a minute on two quiet cores; --lora for PPO with LoRA
 """
@@ -42,7 +43,7 @@ def timed(owner, name, label):
 
 
 def token(base, batch):
-    """Milliseconds per new token, as a whole and by kind of work, after one generation that warms up."""
+    """{kind of work: milliseconds per step}, after one generation that warms up."""
     model, ids = load_model(base), torch.randint(3, 31_990, (batch, generate.P))
     for _ in range(2):
         steps = model.decode(ids, torch.ones_like(ids), generate.NEW + 1)
@@ -51,7 +52,7 @@ def token(base, batch):
         start = time.perf_counter()
         for _ in steps:
             pass
-        spent["all"] = time.perf_counter() - start
+        spent["the rest"] = time.perf_counter() - start - sum(spent.values())
     return {label: seconds * 1e3 / generate.NEW for label, seconds in spent.items()}
 
 
@@ -73,8 +74,7 @@ def ppo_steps(folder, lora, steps):
 
     def last_phase(*args, **metrics):
         log_step(*args, **metrics)
-        found.append({**spent, "all": time.perf_counter() - started[-1]})
-        found[-1]["forward"] = 2 * found[-1]["all"] - sum(found[-1].values())      # what no timer saw: forward and losses
+        found.append({**spent, "forward": time.perf_counter() - started[-1] - sum(spent.values())})
 
     started, ppo.rollout, sft.Log.step = [], first_phase, last_phase
     sys.argv = ppo_step.words_of_ours(folder, lora, B, NEW, steps)
@@ -100,15 +100,15 @@ def main():
         tokens = {batch: token(folder / "base", batch) for batch in (1, 16, 64)}
 
     floors = ppo_step.floors(args.size, args.lora)
-    kind = "LoRA" if args.lora else "full"
-    phases = ["answers", "passes", "forward", "backward", "optimisers"]
-    rows = [(phase, statistics.median(step[phase] for step in found), floors.get(phase, 0.0)) for phase in phases]
-    rows.append(("all", statistics.median(step["all"] for step in found), sum(floors.values())))
-    table([f"PPO step, {args.size}, {kind}, {B} x ({P} + {NEW})", "s", "the floor"], rows)
-    kinds = ["layers", "head", "attention", "choice of a word"]
-    rows = [(f"B = {batch}", *(ms[kind] for kind in kinds), 2 * ms["all"] - sum(ms.values()), ms["all"],
-             batch * 1e3 / generate.floor(args.size, batch, generate.NEW, "cpu", torch.float32)) for batch, ms in tokens.items()]
-    table([f"generate, {args.size}: ms per step", *kinds, "the rest", "all", "the floor"], rows)
+    phases = {"answers": "answers", "passes": "passes of the four networks over them", "forward": "update: forward passes, losses",
+              "backward": "update: backward passes", "optimisers": "update: optimisers"}
+    rows = [(what, statistics.median(step[phase] for step in found), floors.get(phase, 0.0)) for phase, what in phases.items()]
+    rows.append(("all", statistics.median(sum(step.values()) for step in found), sum(floors.values())))
+    table([f"PPO step, {args.size}, {'LoRA' if args.lora else 'full'}, {B} x ({P} + {NEW})", "s", "its floor"], rows)
+    kinds = ["layers", "head", "attention", "choice of a word", "the rest"]
+    rows = [(f"B = {batch}", *(ms[kind] for kind in kinds), sum(ms.values()),
+             1e3 * generate.floor(args.size, batch, generate.NEW, "cpu", torch.float32)[1]) for batch, ms in tokens.items()]
+    table([f"generate, {args.size}: ms per step", *kinds, "all", "its floor"], rows)
 
 
 if __name__ == "__main__":
