@@ -380,7 +380,8 @@ def check_folders(args, adapter, *folders):
         return
     there = [name for name in [*WRITTEN, "checkpoints"] if (Path(args.out) / name).exists()]
     if there and args.resume and "args.json" not in there:
-        raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or --overwrite it without --resume")
+        raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or --overwrite it "
+                       f"without --resume")
     if there and not args.overwrite and not args.resume:
         raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, --resume the run, or "
                        f"--overwrite it")
