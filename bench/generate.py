@@ -1,8 +1,8 @@
 """Generation beside transformers: 64 prompt and 128 new tokens at temperature 1, none of which ends early.
 
-"At most" is the speed at which the machine would read the weights and the cache once per token, or multiply, whichever
-takes longer. The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
-pass compiled, which is its fastest setting (that needs a C++ compiler on CPU).
+The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
+pass compiled, which is its fastest setting (that needs a C++ compiler on CPU). "At most" is the speed at which the
+machine would read the weights and the cache once per token, or multiply, whichever takes longer.
 
     python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16
     python bench/generate.py --sizes 15M --batches 16 --dtype bf16 --no-tuned

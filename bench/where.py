@@ -100,9 +100,11 @@ def main():
         tokens = {batch: token(folder / "base", batch) for batch in (1, 16, 64)}
 
     floors = ppo_step.floors(args.size, args.lora)
-    phases = {"answers": "answers", "passes": "passes of the four networks over them", "forward": "update: forward passes, losses",
-              "backward": "update: backward passes", "optimisers": "update: optimisers"}
-    rows = [(what, statistics.median(step[phase] for step in found), floors.get(phase, 0.0)) for phase, what in phases.items()]
+    phases = {"answers": "answers", "passes": "passes of the four networks over them",
+              "forward": "update: forward passes, losses", "backward": "update: backward passes",
+              "optimisers": "update: optimisers"}
+    rows = [(what, statistics.median(step[phase] for step in found), floors.get(phase, 0.0))
+            for phase, what in phases.items()]
     rows.append(("all", statistics.median(sum(step.values()) for step in found), sum(floors.values())))
     table([f"PPO step, {args.size}, {'LoRA' if args.lora else 'full'}, {B} x ({P} + {NEW})", "s", "its floor"], rows)
     kinds = ["layers", "head", "attention", "choice of a word", "the rest"]
