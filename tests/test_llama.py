@@ -857,19 +857,30 @@ def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
     assert captured == [(4, 8), (4, 16), (2, 16), (2, 19)]
 
 
-@pytest.mark.parametrize("bits, precision", [(torch.float32, "medium"), (torch.bfloat16, "highest")])
-def test_the_thin_product_is_by_onednn_only_where_that_is_float32(bits, precision, monkeypatch):
-    """bfloat16: what PyTorch's "medium" is on a CPU with matrix units."""
-    linear, taken = torch.nn.functional.linear, []
-    monkeypatch.setattr(llama.F, "linear", lambda a, b: linear(a.to(bits), b.to(bits)) if a.dtype == torch.float32 else linear(a, b))
+@pytest.mark.parametrize("bits, found", [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_product_tells_whether_onednn_keeps_float32(bits, found, monkeypatch):
+    """The product is rounded by hand, so that the test means the same on processors with bfloat16 units and without."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(llama.F, "linear", lambda a, b: linear(a.to(bits).double(), b.to(bits).double()).to(a.dtype)
+                        if a.dtype == torch.float32 else linear(a, b))
     llama.onednn_is_float32.cache_clear()
+    before = torch.get_float32_matmul_precision()
+    assert llama.onednn_is_float32() is found and torch.get_float32_matmul_precision() == before
+    llama.onednn_is_float32.cache_clear()
+
+
+@pytest.mark.parametrize("is_float32, precision", [(True, "medium"), (False, "highest")])
+def test_the_thin_product_is_by_onednn_only_where_that_is_float32(is_float32, precision, monkeypatch):
+    monkeypatch.setattr(llama, "onednn_is_float32", lambda: is_float32)
+    taken = []
 
     class Watched(torch.Tensor):
         def __matmul__(self, other):
             taken.append(torch.get_float32_matmul_precision())
             return torch.Tensor.__matmul__(self, other)
 
-    x, columns, before = torch.randn(4, 32).as_subclass(Watched), torch.randn(32, 9), torch.get_float32_matmul_precision()
-    assert_close(llama.thin_product(x, columns).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor) @ columns)
-    llama.onednn_is_float32.cache_clear()
+    before = torch.get_float32_matmul_precision()
+    x, columns = torch.randint(-8, 8, (4, 32)).float(), torch.randint(-8, 8, (32, 9)).float()    # exact in bfloat16 too
+    product = llama.thin_product(x.as_subclass(Watched), columns).as_subclass(torch.Tensor)
+    assert torch.equal(product, x @ columns)
     assert taken == [precision] and torch.get_float32_matmul_precision() == before
