@@ -31,8 +31,9 @@ from itertools import zip_longest
 import torch
 
 from data import clean_turns, collate_prompts, encode_prompt, open_tokenizer, render
-from llama import BadInput, without_controls
+from llama import BadInput
 from lora import load_model
+from runtime.errors import without_controls
 
 def number(kind, low, high):
     """Reads a number from low to high, both included: argparse's type of a flag, and what a command takes."""

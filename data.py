@@ -29,6 +29,7 @@ import torch
 
 from llama import BadInput, LlamaConfig
 from lora import resolve
+from runtime.ranks import say
 
 # ------------------------------------------------------------------------------------------------ tokenizer
 class Tokenizer:
@@ -249,6 +250,19 @@ def load_records(files, phase, split, seed, eval_files, eval_share, tally):
         return records, [row for file in eval_files for row in read_records(file, tally)]
     sides = (1 - eval_share, eval_share)
     return tuple(split_records(records, sides, side, f"{seed} held out") for side in (0, 1))
+
+def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
+    """(training, held-out) rows that encode makes of this phase's records; says what was read, cut and dropped."""
+    parts = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share, tally)
+    train, held_out = ([row for r in part if (row := encode(tokenizer, r, max_len, tally))] for part in parts)
+    say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
+        + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
+    if len(train) < batch:
+        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of {batch} "
+                       f"(see --split, --max-len and the batch)")
+    if not held_out:
+        raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
+    return train, held_out
 
 # ------------------------------------------------------------------------------------------------ ids that fit
 def fit_prompt(tokenizer, prompt, room):

@@ -12,10 +12,7 @@ V vocabulary, N chosen places. `mask` (B,T) says which ids are real; padding is 
     response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)
 """
 import functools
-import json
 import math
-import re
-import unicodedata
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,20 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-def without_controls(text):
-    """Leaves out what could take over the terminal: control characters, and those that turn a line around."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
-                   and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
-
-class BadInput(ValueError):
-    """What a user did: the message is one line that names the file or flag, what was found, and what to do."""
-    def __init__(self, message):
-        message = " ".join(without_controls(message).split("\n"))  # it may quote a file
-        super().__init__(message if len(message) < 1000 else message[:1000] + "...")
+from runtime.errors import BadInput
+from runtime.folders import load_weights, read_json, save_weights
 
 # ------------------------------------------------------------------------------------------------ configuration
 # more than any LLaMA has, and little enough to look at
@@ -106,22 +93,6 @@ class LlamaConfig:
         labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **asdict(self),
                 "torch_dtype": str(dtype)[6:], **(labels if "Classification" in architecture else {})}
-
-def read_json(path):
-    """The dictionary in a JSON file; BadInput where there is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(2**26 + 1)
-        if len(text) > 2**26:
-            raise BadInput(f"{path}: is larger than any such file should be (64 MB)")
-        value = json.loads(text)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:                  # BadInput too is a ValueError
-        raise error if isinstance(error, BadInput) else BadInput(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 # ------------------------------------------------------------------------------------------------ the network
 class Linear(nn.Linear):
@@ -437,101 +408,3 @@ def any_alive(n_alive, together):
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
     return n_alive > 0
-
-# ------------------------------------------------------------------------------------------------ folders
-SHARD_BYTES = 5 * 10**9
-
-def find_tensors(path):
-    """name -> file of a folder's weights: safetensors or pytorch_model.bin, whole or in shards with an index."""
-    path = Path(path)
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (path / stem).exists():
-            return dict.fromkeys(read_tensor(path / stem), path / stem)
-        if (index := path / f"{stem}.index.json").exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise BadInput(f"{index}: has no weight_map")
-            present = {p.name for p in path.iterdir() if p.is_file()}
-            for file in set(map(str, weight_map.values())):
-                if file not in present:      # nor can it lead out of the folder
-                    raise BadInput(f"{index}: names the shard {file!r}, which is not in the folder; copy it again")
-            return {name: path / str(file) for name, file in weight_map.items()}
-    raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
-
-def read_tensor(file, name=None):
-    """One tensor of a weight file, or with no name the list of its names; no pickled code is ever run. The file is
-    mapped anew each time: mapped pages count as resident, and one map for all would peak at twice the model."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                return weights.get_tensor(name) if name else list(weights.keys())
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return weights[name] if name else list(weights)
-    except Exception as error:               # torch.load meets a damaged file with errors of every kind
-        if code := re.search(r"GLOBAL (\S+)|global (\S+)", str(error)):
-            raise BadInput(f"{file}: asks to run {code[1] or code[2]} when it is read, so it is not only weights, and is "
-                           f"not read") from None
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
-
-def load_weights(module, path, dtype=torch.float32, device="cpu", optional=()):
-    """Fills every parameter of module, which is on meta, from the folder, cast, one by one; only an optional one may be
-    missing. All is checked before any memory is taken."""
-    files = find_tensors(path)
-    parameters = {n: p for n, p in module.named_parameters() if n in files or n not in optional}
-    if missing := sorted(set(parameters) - set(files)):
-        hint = " (it is a reward model)" if "score.weight" in files else ""
-        raise BadInput(f"{path}: lacks {len(missing)} of the weights it should hold, such as {missing[0]}{hint}")
-    # old folders carry the rotary table, tied ones the head twice; anything else would be dropped in silence
-    harmless = ("rotary_emb.inv_freq", "lm_head.weight")
-    if extra := [n for n in files if n not in parameters and not n.endswith(harmless)]:
-        raise BadInput(f"{path}: holds {len(extra)} weights that config.json has no place for, such as {extra[0]}")
-    for name, parameter in parameters.items():
-        tensor = read_tensor(files[name], name)                    # mapped; its numbers are not read yet
-        found, asked = tuple(getattr(tensor, "shape", ())), tuple(parameter.shape)
-        if found != asked or not tensor.is_floating_point():
-            raise BadInput(f"{files[name]}: {name} is {found} of {getattr(tensor, 'dtype', 'no tensor')}, config.json asks "
-                           f"for {asked}")
-    module.to(dtype).to_empty(device=device)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()                 # to_empty parts them
-    for name, parameter in module.named_parameters():
-        if name in parameters:
-            parameter.data.copy_(read_tensor(files[name], name))
-    return module
-
-def save_weights(module, path, config):
-    """Writes config (a dictionary) and the parameters of module as safetensors, in shards above 5 GB."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    for old in [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]:
-        old.unlink()                                               # or they would be read instead of the new ones
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards, size = [[]], 0
-    for name, parameter in module.named_parameters():              # a tied head is one parameter, and named once
-        size += parameter.nbytes
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = parameter.nbytes
-        shards[-1].append((name, parameter))
-    n = len(shards)
-    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    for file, shard in zip(names, shards):
-        save_file({n: p.detach().cpu().contiguous() for n, p in shard}, path / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for s in shards for _, p in s)},
-                 "weight_map": {n: file for file, shard in zip(names, shards) for n, _ in shard}}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-def copy_tokenizer(source, path):
-    """Copies the tokenizer's files, and adds what AutoTokenizer needs to give the same ids where it is missing."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                 "tokenizer.json"):
-        if (Path(source) / name).exists():
-            (path / name).write_bytes((Path(source) / name).read_bytes())
-    if not (path / "tokenizer_config.json").exists():
-        (path / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-            "add_bos_token": True, "add_eos_token": False}, indent=2) + "\n")

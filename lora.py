@@ -25,8 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from llama import (BadInput, Linear, Llama, LlamaConfig, copy_tokenizer, load_weights, read_json, read_tensor,
-                   save_weights)
+from llama import BadInput, Linear, Llama, LlamaConfig
+from runtime.engine import gathered
+from runtime.folders import copy_tokenizer, load_weights, read_json, read_tensor, save_weights, writing
+from runtime.ranks import fail_together, say
 
 class LoRALinear(nn.Linear):
     """A Linear whose weight is another's, with named adapters beside it; `active` is the one in use, or None."""
@@ -240,6 +242,25 @@ def load_model(path, dtype=torch.float32, device="cpu", base=None):
         load_adapter(model, adapter, "default")
         use_adapter(model, "default")
     return model
+
+def save(model, out, rank, tokenizer_folder, adapter, base, average=()):
+    """Writes the model, or only the adapter of this name, and its tokenizer, as transformers or PEFT load them.
+    average: pairs (parameter, its moving average), which takes the parameter's place for good."""
+    needed = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter)
+    with gathered(model.parameters()), fail_together(), writing(out, needed):
+        for parameter, mean in average:
+            parameter.data.copy_(mean)
+        if rank == 0:
+            task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+            if adapter:
+                save_adapter(model, out, adapter, base, task)
+            else:
+                model.save_pretrained(out)
+            copy_tokenizer(tokenizer_folder, out)
+            if task == "CAUSAL_LM":
+                ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+                (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
+    say(f"wrote {out}")
 
 def main():
     parser = argparse.ArgumentParser(description="Merge an adapter into a full Hugging Face folder, in float32.")

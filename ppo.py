@@ -24,14 +24,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, open_tokenizer,
+from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, load_rows, open_tokenizer,
                   stream)
-from llama import BadInput, Llama, find_tensors, read_json
-from lora import adapter_parameters, add_lora, load_adapter, resolve, use_adapter
+from llama import BadInput, Llama
+from lora import adapter_parameters, add_lora, load_adapter, resolve, save, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, fail_together,
-                 gathered, load_rows, make_engine, n_labels, number, parse, positive, response_logits, run, save, say,
-                 setup, sft_loss, sum_over_ranks, writing)
+from runtime.checkpoint import RunState
+from runtime.engine import descend, engine_metrics, gathered, make_engine
+from runtime.flags import accumulate, add_engine_flags, number, parse, positive
+from runtime.folders import check_folders, find_tensors, read_json, writing
+from runtime.log import Log
+from runtime.ranks import fail_together, gather, run, say, setup, sum_over_ranks
+from sft import n_labels, response_logits, sft_loss
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
@@ -263,12 +267,6 @@ def trim(batch, rows):
     first, longest = int(some["mask"].any(0).int().argmax()), int(some["response_mask"].sum(1).max())
     kept = {T: slice(first, T - R + longest), R: slice(longest)}
     return {key: x if x.ndim == 1 else x[:, kept[x.shape[1]]] for key, x in some.items()}, T - R - first
-
-def gather(x):
-    """The rows of all ranks, in the order of the ranks."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 def random_numbers(seed, step):
     """A generator that depends on the seed and the step alone, the same on every rank."""

@@ -23,11 +23,15 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import collate_pairs, deal, encode_pair, open_tokenizer, stream
-from llama import BadInput, Linear, LlamaConfig, Transformer, find_tensors, load_weights, save_weights
-from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, use_adapter
-from sft import (Log, RunState, accumulate, add_engine_flags, check_folders, descend, engine_metrics, fail_together,
-                 load_rows, make_engine, number, parse, positive, run, save, setup, sum_over_ranks, writing)
+from data import collate_pairs, deal, encode_pair, load_rows, open_tokenizer, stream
+from llama import BadInput, Linear, LlamaConfig, Transformer
+from lora import add_lora, load_adapter, lora_layers, read_adapter_config, resolve, save, use_adapter
+from runtime.checkpoint import RunState
+from runtime.engine import descend, engine_metrics, make_engine
+from runtime.flags import accumulate, add_engine_flags, number, parse, positive
+from runtime.folders import check_folders, find_tensors, load_weights, save_weights, writing
+from runtime.log import Log
+from runtime.ranks import fail_together, run, setup, sum_over_ranks
 
 def get_args():
     parser = argparse.ArgumentParser(description="Step 2 of RLHF: the reward model, from pairs of answers.")

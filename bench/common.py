@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, LlamaConfig, copy_tokenizer
+from llama import Llama, LlamaConfig
 from lora import add_lora, load_model, save_adapter
 from reward import RewardModel
+from runtime.folders import copy_tokenizer
 
 SIZES = {"2M": (64, 172, 4, 4), "15M": (288, 768, 6, 6), "110M": (768, 2048, 12, 12)}  # width, inner, layers, heads
 VOCABULARY = 32_000

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from common import SIZES, VOCABULARY, flops, load_model, matrix_rate, race, read_rate, table, write_models
-from sft import DTYPES
+from runtime.flags import DTYPES
 
 P, NEW = 64, 128
 

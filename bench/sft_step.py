@@ -25,6 +25,8 @@ from common import (ALPHA, RANK, TARGETS, add_lora, flops, load_model, matrix_ra
                     write_models)
 import sft
 from data import batches, collate_sft
+from runtime.engine import keep_memory, make_engine
+from runtime.ranks import finish, setup
 
 ROWS, BATCH, EPOCHS = 32, 8, 3
 
@@ -42,8 +44,8 @@ def our_engine(model, base, lora, dtype):
     """As sft.py makes it; the rate is 0, so that every round has the same weights."""
     sys.argv = ["sft.py", "--model", str(base), "--data", "none", "--out", "none", "--batch", str(BATCH)]
     args = sft.get_args()
-    sft.keep_memory()                        # as RunState.track_engines does
-    return sft.make_engine(args, model, trained(model, lora), 0.0, 100, BATCH, 1, dtype)
+    keep_memory()                        # as RunState.track_engines does
+    return make_engine(args, model, trained(model, lora), 0.0, 100, BATCH, 1, dtype)
 
 
 def peer_engine(model, lora, dtype):
@@ -65,7 +67,7 @@ def train(who, base, lora, share, n_rows):
     """Prints as JSON the seconds of some epochs, after one that warms up, and the mean loss per response token; of ours
     or of the peer, where this share of each row is response."""
     sys.argv = ["sft.py", "--model", "none", "--data", "none", "--out", "none"]
-    _, _, device, dtype = sft.setup(sft.get_args())
+    _, _, device, dtype = setup(sft.get_args())
     rng = random.Random(0)
     lengths = [rng.randint(32, 256) for _ in range(n_rows)]
     rows = [([rng.randrange(3, 31_990) for _ in range(T)], max(1, T - round(share * T))) for T in lengths]
@@ -93,7 +95,7 @@ def train(who, base, lora, share, n_rows):
         seconds.append(time.perf_counter() - start)
     shapes = [(len(ids), len(ids) - n_prompt) for ids, n_prompt in rows]
     print(json.dumps({"seconds": seconds[1:], "loss": loss, "shapes": shapes}))
-    sft.finish()
+    finish()
 
 
 def measure(base, size, lora, share, n_rows, rounds):

@@ -23,7 +23,7 @@ import generate
 import llama
 import ppo
 import ppo_step
-import sft
+from runtime.log import Log
 from ppo_step import B, NEW, P
 
 spent = Counter()                            # seconds by name, of what is timed
@@ -63,7 +63,7 @@ def ppo_steps(folder, lora, steps):
     timed(llama.Llama, "generate", "answers")
     timed(deepspeed.DeepSpeedEngine, "backward", "backward")
     timed(deepspeed.DeepSpeedEngine, "step", "optimisers")
-    found, rollout, log_step = [], ppo.rollout, sft.Log.step
+    found, rollout, log_step = [], ppo.rollout, Log.step
 
     def first_phase(*args):
         spent.clear()
@@ -76,7 +76,7 @@ def ppo_steps(folder, lora, steps):
         log_step(*args, **metrics)
         found.append({**spent, "forward": time.perf_counter() - started[-1] - sum(spent.values())})
 
-    started, ppo.rollout, sft.Log.step = [], first_phase, last_phase
+    started, ppo.rollout, Log.step = [], first_phase, last_phase
     sys.argv = ppo_step.words_of_ours(folder, lora, B, NEW, steps)
     ppo.main()
     return found[1:]

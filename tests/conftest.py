@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 import torch
 
-from llama import Llama, LlamaConfig, copy_tokenizer
+from llama import Llama, LlamaConfig
+from runtime.folders import copy_tokenizer
 
 torch.set_num_threads(1)                     # tiny matrices: threads would only wait for each other
 

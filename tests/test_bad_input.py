@@ -10,9 +10,10 @@ import pytest
 import sentencepiece
 
 from conftest import REPO, run_script, tiny_config
-from llama import Llama, copy_tokenizer
+from llama import Llama
 from lora import add_lora, save_adapter
 from reward import RewardModel
+from runtime.folders import copy_tokenizer
 
 pytestmark = pytest.mark.slow
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -22,9 +22,10 @@ import chat
 import toy
 from conftest import REPO, real, run_script, tiny_config
 from data import Tokenizer, encode_sft, read_records
-from llama import BadInput, Llama, copy_tokenizer
+from llama import BadInput, Llama
 from lora import add_lora, lora_layers, save_adapter
 from reward import RewardModel
+from runtime.folders import copy_tokenizer
 
 SHORT = ("--max-tokens", "12", "--temperature", "0")               # the tiny model's context is 256
 

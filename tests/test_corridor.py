@@ -20,9 +20,9 @@ def imported(nodes):
 def test_each_file_imports_only_from_those_above_it(name):
     tree = ast.parse((REPO / f"{name}.py").read_text())
     assert imported(list(ast.walk(tree))) & {*ORDER} <= {*ALLOWED[name]}
-    # what takes seconds to import, and the toy, only inside the functions that use it; deepspeed only in sft.py
+    # what takes seconds to import, and the toy, only inside the functions that use it; deepspeed only in runtime/
     assert not imported(tree.body) & {"deepspeed", "matplotlib", "toy", "transformers"}
-    assert name == "sft" or "deepspeed" not in imported(list(ast.walk(tree)))
+    assert "deepspeed" not in imported(list(ast.walk(tree)))
 
 
 @pytest.mark.parametrize("file", sorted((REPO / "toy").glob("*.py")), ids=lambda file: file.name)

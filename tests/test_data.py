@@ -14,7 +14,8 @@ import torch
 from conftest import REPO, real, sentence, tiny_llama
 from data import (Tokenizer, batches, collate_pairs, collate_prompts, collate_sft, deal, encode_pair, encode_prompt,
                   encode_sft, load_records, open_tokenizer, parse_turns, read_records, render, split_records, stream)
-from llama import BadInput, copy_tokenizer
+from llama import BadInput
+from runtime.folders import copy_tokenizer
 
 ASK = "\n\nHuman: why?\n\nAssistant:"
 ASK_TWICE = "\n\nHuman: why?\n\nAssistant: so\n\nHuman: and?\n\nAssistant:"

@@ -279,25 +279,29 @@ sys.path.insert(0, {repo!r})
 sys.argv[0] = {script!r}
 import torch, sft, {script}
 {fault}
-sft.run({script}.main)
+from runtime.ranks import run
+run({script}.main)
 """
 DISK = """
-save = sft.save_file
+import runtime.checkpoint
+save = runtime.checkpoint.save_file
 def full(tensors, path, *more):
     if "step-6" in str(path):
         with open("/dev/full", "wb") as file:
             file.write(b"x" * 100000)
     save(tensors, path, *more)
-sft.save_file = full
+runtime.checkpoint.save_file = full
 """
 RAISES = """
-steps, {where} = [], sft.{where}
+import runtime.checkpoint
+steps, place = [], {place}
+{where} = place.{where}
 def fault(*args, **more):
     steps.append(0)
     if len(steps) == 3 and torch.distributed.get_rank() == {rank}:
         {what}
     return {where}(*args, **more)
-sft.{where} = fault
+place.{where} = fault
 """
 
 
@@ -361,7 +365,8 @@ def test_a_small_disk_that_fills_up_for_real(stopped, command, uninterrupted, tm
                                          ("os.kill(os.getpid(), 9)", "return code = -9")])
 def test_a_rank_that_dies_ends_the_job_with_its_own_words_last(rank, what, words, command, tmp_path):
     # in the middle of a step, or while the others wait for a part of a checkpoint
-    fault = RAISES.format(rank=rank, what=what, where="descend" if rank else "fingerprint")
+    fault = RAISES.format(rank=rank, what=what, where="descend" if rank else "fingerprint",
+                          place="sft" if rank else "runtime.checkpoint")
     status, said, seconds = run_faulty("sft", fault, command("sft", tmp_path / "run", SHORT), tmp_path, ranks=2)
     assert status and words in said and said.count("Traceback") == words.startswith("Arith")
     assert seconds < 90                      # of which some are its start
@@ -371,7 +376,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_words_last(rank, what, words
 
 def test_a_rank_that_stalls_ends_the_job(command, tmp_path, full):
     words = command("sft", tmp_path / "run", SHORT, "--timeout", "30" if full else "10")
-    fault = RAISES.format(rank=1, what="time.sleep(1000)", where="descend")
+    fault = RAISES.format(rank=1, what="time.sleep(1000)", where="descend", place="sft")
     status, said, seconds = run_faulty("sft", fault, words, tmp_path, ranks=2)
     assert status and "lost touch" in said and seconds < 30 + 30 + 15
 

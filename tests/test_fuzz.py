@@ -17,14 +17,15 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-import llama
 import ppo
-import sft
 from conftest import REPO, tiny_config
 from data import Tokenizer, open_tokenizer, read_records
-from llama import BadInput, Llama, LlamaConfig, copy_tokenizer
+from llama import BadInput, Llama, LlamaConfig
 from lora import add_lora, load_model, save_adapter
 from reward import RewardModel, load_reward_model
+from runtime import folders
+from runtime.checkpoint import RunState
+from runtime.folders import copy_tokenizer
 
 ROWS = {
     "rm-static": [{"prompt": f"\n\nHuman: why {i}?\n\nAssistant:", "chosen": f" so {i}", "rejected": " no"} for i in range(4)],
@@ -48,7 +49,7 @@ def whole(tmp_path_factory, base, monkeypatch_module):
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(base, root / "model")
     model = Llama.from_pretrained(base)
-    monkeypatch_module.setattr(llama, "SHARD_BYTES", 40_000)
+    monkeypatch_module.setattr(folders, "SHARD_BYTES", 40_000)
     model.save_pretrained(root / "shards")
     monkeypatch_module.undo()
     copy_tokenizer(base, root / "shards")
@@ -69,7 +70,7 @@ def whole(tmp_path_factory, base, monkeypatch_module):
     step.mkdir(parents=True)
     for name in ("weights.safetensors", "run.json", "rank-0.pt"):
         (step / name).write_bytes(name.encode() * 100)
-    (step / "manifest.json").write_text(json.dumps({p.name: sft.fingerprint(p) for p in step.iterdir()}))
+    (step / "manifest.json").write_text(json.dumps({p.name: folders.fingerprint(p) for p in step.iterdir()}))
     return root
 
 
@@ -221,7 +222,7 @@ def read_data(file):
 def read_manifest(folder):
     """RunState's check of a checkpoint; right if all files are what they were."""
     state = SimpleNamespace(folder=folder.parent, rank=0)
-    if sft.RunState.verify(state, 3):
+    if RunState.verify(state, 3):
         for name in ("weights.safetensors", "run.json", "rank-0.pt"):
             manifest = json.loads((folder / "manifest.json").read_text())
             assert (folder / name).read_bytes() == name.encode() * 100 or name not in manifest

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import llama
 import lora
+from runtime import folders
 from data import Tokenizer
 from llama import BadInput, KVCache, Llama, LlamaConfig, rotate, sample
 
@@ -249,7 +250,7 @@ def test_bin_files_load(folder, shards):
 
 
 def test_large_models_are_saved_in_shards_below_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 60_000)
     model = tiny_llama()
     model.save_pretrained(tmp_path)
     sizes = [sum(w.nbytes for w in load_file(file).values()) for file in tmp_path.glob("*.safetensors")]
@@ -262,7 +263,7 @@ def test_large_models_are_saved_in_shards_below_the_limit(tmp_path, monkeypatch)
 @pytest.mark.parametrize("limits", [(10**9, 60_000), (60_000, 10**9)], ids=["shards over a file", "a file over shards"])
 def test_saving_over_another_model_leaves_nothing_of_it(tmp_path, monkeypatch, limits):
     for seed, limit in enumerate(limits):
-        monkeypatch.setattr(llama, "SHARD_BYTES", limit)
+        monkeypatch.setattr(folders, "SHARD_BYTES", limit)
         model = tiny_llama(seed)
         model.save_pretrained(tmp_path)
     assert same_weights(model, check_against_transformers(tmp_path))

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lora
 from conftest import run_script, tiny_llama
-from llama import BadInput, Llama, copy_tokenizer
+from llama import BadInput, Llama
 from lora import (LoRALinear, adapter_parameters, add_lora, attach, load_adapter, load_model, lora_layers, merge_lora,
                   save_adapter, use_adapter)
 from reward import RewardModel, load_reward_model
+from runtime.folders import copy_tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROLES = {"actor": ["q_proj", "k_proj"], "ref": ["q_proj", "k_proj"], "critic": ["v_proj", "down_proj"],

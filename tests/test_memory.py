@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from conftest import REPO, run_script, tiny_llama
-from llama import copy_tokenizer
+from runtime.folders import copy_tokenizer
 
 sys.path.append(str(REPO / "bench"))
 from memory import rank_bytes  # noqa: E402
@@ -18,7 +18,7 @@ MEASURED = """
 import sys, threading, time
 sys.path.insert(0, {repo!r})
 sys.argv[0] = "sft"
-import llama, psutil, sft
+import llama, psutil, runtime.checkpoint, sft
 
 perplexity, save, peak = sft.perplexity, sft.save, 0
 def watch():
@@ -35,8 +35,8 @@ def end(*args, **more):
     print("peak", peak, flush=True)
 sft.perplexity, sft.save = begin, end
 llama.Llama.save_pretrained = lambda *_: time.sleep(0.1)
-sft.keep_memory = lambda: None               # what is kept on a CPU comes on top
-sft.run(sft.main)
+runtime.checkpoint.keep_memory = lambda: None # what is kept on a CPU comes on top
+runtime.ranks.run(sft.main)
 """
 
 

@@ -7,14 +7,16 @@ import torch
 import torch.distributed as dist
 
 import ppo
-import sft
 from conftest import tiny_llama
 from data import Tokenizer, collate_prompts, encode_prompt, read_records
-from llama import BadInput, Llama, copy_tokenizer
+from llama import BadInput, Llama
 from lora import add_lora, load_model, save_adapter, use_adapter
 from ppo import (build_roles, explained_variance, gae, policy_loss, policy_measures, random_numbers, response_logps,
                  rollout, shape_rewards, token_logps, trained_parameters, trim, value_loss, whiten)
 from reward import RewardModel, load_reward_model
+from runtime.folders import copy_tokenizer
+from runtime.log import Log
+from runtime.ranks import say
 
 
 def some(*shape, seed=0, dtype=torch.float32):
@@ -550,7 +552,7 @@ def test_trim_leaves_rows_whole_and_takes_only_columns_that_are_padding_in_all_o
 
 def test_what_goes_astray_is_said_once_with_its_cause_and_the_flag_to_turn(capsys, tmp_path):
     sane = {"kl": 3.0, "first_ratio": 1.0, "approx_kl": 0.01, "length": 20.0, "eos_share": 0.9}
-    log = sft.Log(SimpleNamespace(out=tmp_path, log_every=1), 9, 0, ppo.CURVES)
+    log = Log(SimpleNamespace(out=tmp_path, log_every=1), 9, 0, ppo.CURVES)
     ppo.warn(log, sane, constant=False)
     assert capsys.readouterr().err == ""
     for name, value, flag in (("kl", 60.0, "--kl-coef"), ("first_ratio", 1.3, "--dtype"), ("approx_kl", 0.7, "--actor-lr"),
@@ -569,6 +571,6 @@ def test_what_goes_astray_is_said_once_with_its_cause_and_the_flag_to_turn(capsy
 def test_no_text_of_a_file_or_a_model_can_take_over_the_terminal(monkeypatch, capsys):
     hostile = "a\x1b[2Jb\x9b31mc\u202ed\x07e"
     assert str(BadInput(f"{hostile}\nsecond")) == "a[2Jb31mcde second"
-    monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
-    sft.say(hostile)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    say(hostile)
     assert capsys.readouterr().out == "a[2Jb31mcde\n"

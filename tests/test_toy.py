@@ -14,6 +14,7 @@ import pytest
 import chat
 import ppo
 import reward
+import runtime.log
 import sft
 import toy
 import toy.base
@@ -22,6 +23,8 @@ import toy.seeds
 from conftest import REPO, metrics, run_script
 from data import Tokenizer, encode_pair, encode_prompt, encode_sft, read_records
 from llama import BadInput, Llama
+from runtime.folders import WRITTEN
+from runtime.log import Log
 from toy.gold import FACT_OF, gold
 from toy.world import (CLOSERS, FACTS, NOISE, OPENERS, RUDE, UNSURE, WORTH, answer, demonstrations, preferences,
                        pretraining_texts, prompts, questions, statements, word)
@@ -175,14 +178,14 @@ def test_a_trainer_reads_the_flags_of_a_file_and_draws_its_curves(made, tmp_path
 
 def test_without_matplotlib_a_log_says_so_once_and_no_old_picture_stays(monkeypatch, tmp_path):
     said = []
-    monkeypatch.setattr(sft, "say", said.append)
+    monkeypatch.setattr(runtime.log, "say", said.append)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)    # import raises, as where it is not installed
-    log = sft.Log(SimpleNamespace(out=tmp_path, log_every=1), 2, 0, sft.CURVES)
+    log = Log(SimpleNamespace(out=tmp_path, log_every=1), 2, 0, sft.CURVES)
     log.drawn = -1e9                         # long ago: time to draw
     log.line(step=1, loss=2.0)
     log.close()
     assert [line for line in said if "matplotlib" in line] == ["no curves.png: matplotlib is not installed"]
-    assert "curves.png" in sft.WRITTEN       # what a new run takes away before it starts
+    assert "curves.png" in WRITTEN           # what a new run takes away before it starts
 
 
 # ------------------------------------------------------------------------------------------------ seeds and hacking

@@ -9,9 +9,9 @@ import torch
 
 from conftest import REPO, metrics, run_script, tiny_llama
 from data import Tokenizer
-from llama import copy_tokenizer, read_tensor
 from lora import load_model
 from reward import load_reward_model
+from runtime.folders import copy_tokenizer, read_tensor
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ CHAIN = """
 import json, sys
 sys.path.insert(0, {repo!r})
 import torch.distributed as dist
-import sft, reward, ppo
+import sft, reward, ppo, runtime.checkpoint
 
 def uneven(roles, prompts, uniforms, args, tokenizer):
     uniforms = uniforms.clone()
@@ -51,8 +51,7 @@ def uneven(roles, prompts, uniforms, args, tokenizer):
     return rollout(roles, prompts, uniforms, args, tokenizer)
 
 rollout = ppo.rollout
-for module in (sft, reward, ppo):
-    module.finish = dist.barrier                    # the next run takes the process group over
+runtime.checkpoint.finish = dist.barrier                    # the next run takes the process group over
 for script, flags in json.load(open(sys.argv[-1])):
     ppo.rollout = uneven if script == "uneven" else rollout
     sys.argv = [script, *flags]

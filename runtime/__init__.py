@@ -1,0 +1,1 @@
+"""The cellar: what a program needs and a lesson does not."""
