@@ -1,8 +1,8 @@
 """Talk to a model in a terminal: any folder that sft.py or ppo.py wrote, full or adapter, or any LLaMA one.
 
-The prompt is id for id the one the model was trained on: the conversation in the one template, after BOS. An
-answer streams to EOS, or to where the model begins to speak for the human. A conversation that grows too long
-loses its oldest turns. With --versus two models answer, in a wide terminal side by side.
+The prompt is id for id the one the model was trained on: the conversation in the one template, after BOS. The
+answer streams until EOS, or until the model begins to write the human's next turn. A conversation that grows
+too long loses its oldest turns. With --versus two models answer, side by side where the terminal is wide.
 
     python chat.py --model runs/ppo [--versus runs/sft]        # with no flags: the toy, by toy/chat.args
     python chat.py --model runs/ppo --prompt "How are you?"    # one answer, then exit
@@ -16,94 +16,119 @@ In the conversation (/help lists this):
     /top_p X, /max_tokens N
     /quit              leave, as Ctrl-D does; Ctrl-C only stops an answer
 """
-import argparse
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
 import textwrap
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data import clean_turns, collate_prompts, encode_prompt, open_tokenizer, render
-from llama import BadInput
+from data import Record, Tokenizer, clean_turns, collate_prompts, encode_prompt, open_tokenizer
+from llama import Llama
 from lora import load_model
-from runtime.errors import without_controls
+from runtime.errors import BadInput, exit_with_one_line, without_controls
+from runtime.flags import Flags, number
 
-def number(kind, low, high):
-    """Reads a number from low to high, both included: argparse's type of a flag, and what a command takes."""
-    def read(text):
-        with suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is not a number ({kind.__name__}) from {low} to {high}")
-    return read
+SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
+STOP = "\n\nHuman:"                          # an answer ends where the model writes this
+SMALL_MODEL = 3e7                            # parameters
+WIDE = 100                                   # characters: a terminal where two answers stand side by side
 
-SETTINGS = {"temperature": number(float, 0, 100), "top_p": number(float, 0, 1),
-            "max_tokens": number(int, 1, 10**6)}
-
-def get_args():
-    parser = argparse.ArgumentParser(description="Talk to a model in a terminal.", fromfile_prefix_chars="@")
-    add, kinds = parser.add_argument, SETTINGS
-    add("--model", required=True, help="model folder, full or adapter")
+def get_args() -> Namespace:
+    flags = Flags("Talk to a model in a terminal.")
+    add = flags.group("chat")
+    add("--model", help="model folder, full or adapter")
     add("--versus", metavar="FOLDER", help="a second model, which answers every question too")
     add("--base", help="base model of an adapter, if not where its config says")
     add("--prompt", help="answer this one question and exit")
-    add("--temperature", type=kinds["temperature"], default=0.7, help="0 takes the likeliest word each time")
-    add("--top-p", type=kinds["top_p"], default=0.9, help="sample from the likeliest words of this share")
-    add("--max-tokens", type=kinds["max_tokens"], default=256, help="tokens of an answer, at most")
+    add("--temperature", type=SETTINGS["temperature"], default=0.7,
+        help="0 takes the likeliest word each time")
+    add("--top-p", type=SETTINGS["top_p"], default=0.9, help="sample from the likeliest words of this share")
+    add("--max-tokens", type=SETTINGS["max_tokens"], default=256, help="tokens of an answer, at most")
     add("--seed", type=int, help="for the same answers every time")
+    return flags.parse("model")
 
-    def fail(message):
-        raise BadInput(f"{message} (see {parser.prog} -h)")        # one line instead of the whole usage
-    parser.error = fail
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)    # of @FILE
-    import toy                               # whose flags are taken where there are none
-    args = parser.parse_args(sys.argv[1:] or toy.flags("chat"))
-    toy.prepare(None, args.model, args.versus)
-    return args
+@dataclass
+class Speaker:
+    """One of the models that answer. `name` stands before its answers; `folder` is where it was read."""
+    name: str
+    folder: str
+    model: Llama
+    tokenizer: Tokenizer
 
-def stream_text(tokenizer, ids, stop="\n\nHuman:"):
-    """Yields the text of ids (an iterator of ints) piece by piece, up to EOS or `stop`; holds back what may
-    become a longer character or `stop`."""
-    so_far, shown = [], 0
-    for token in ids:
-        ended = token == tokenizer.eos_id
-        so_far += [] if ended else [token]
-        text = tokenizer.decode(so_far)
-        ended = ended or stop in text
-        text = text.split(stop)[0]
-        safe = len(text)
-        if not ended:
-            safe -= next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-            safe = min(safe, len(text.rstrip("\ufffd")))
-        yield without_controls(text[shown:safe])
-        shown = max(shown, safe)
-        if ended:
-            return
-    yield without_controls(tokenizer.decode(so_far)[shown:])
+# A conversation: for each question, the answers of all speakers.
+History = list[tuple[str, list[str]]]
 
-def answer(model, tokenizer, turns, args, uniforms):
-    """The pieces of the model's answer to a conversation; BadInput where the question is too long."""
-    tally, context = Counter(), model.config.max_position_embeddings
-    record = {"prompt": render(clean_turns(turns))}
-    ids = encode_prompt(tokenizer, record, context - args.max_tokens, tally)
+# ------------------------------------------------------------ answers
+def answer(speaker: Speaker, turns: list[tuple[str, str]], args: Namespace,
+           uniforms: Tensor) -> Iterator[str]:
+    """The model's answer to the turns (role, text), piece by piece. uniforms (1,max_tokens) are its random
+    numbers. BadInput where the question is too long."""
+    tally, context = Counter(), speaker.model.config.max_position_embeddings
+    ids = encode_prompt(speaker.tokenizer, Record(clean_turns(turns)), context - args.max_tokens, tally)
     if ids is None:
         raise BadInput(f"the question is too long for this model, and is forgotten: of its {context} tokens "
                        f"--max-tokens keeps {args.max_tokens} for the answer")
     if tally["prompts that lost their oldest turns"]:
         print("[the conversation is too long for this model; its oldest turns are left out]")
-    ids, mask = (x.to(model.lm_head.weight.device) for x in collate_prompts([ids]))       # (1, P)
-    steps = model.decode(ids, mask, args.max_tokens, args.temperature, top_p=args.top_p,
-                         eos_id=tokenizer.eos_id, uniforms=uniforms.to(ids.device))
-    return stream_text(tokenizer, (int(step) for step in steps))
+    ids, mask = (x.to(speaker.model.lm_head.weight.device) for x in collate_prompts([ids]))       # (1, P)
+    steps = speaker.model.decode(ids, mask, args.max_tokens, args.temperature, top_p=args.top_p,
+                                 eos_id=speaker.tokenizer.eos_id, uniforms=uniforms.to(ids.device))
+    return stream_text(speaker.tokenizer, (int(step) for step in steps))
 
-def one_column(name, pieces):
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Yields the text of ids piece by piece, up to EOS or STOP. The end of the text waits as long as the next
+    ids can change it: they may complete a character, or STOP."""
+    answer_ids, shown = [], 0                # shown: how many characters have been yielded
+    for token in ids:
+        is_eos = token == tokenizer.eos_id
+        if not is_eos:
+            answer_ids.append(token)
+        text = tokenizer.decode(answer_ids)
+        if is_eos or STOP in text:
+            yield without_controls(text.split(STOP)[0][shown:])
+            return
+        certain = min(len(text) - length_of_partial_stop(text), len(text.rstrip("\ufffd")))
+        yield without_controls(text[shown:certain])
+        shown = max(shown, certain)          # what is shown stays, though a later token may change the text
+    yield without_controls(tokenizer.decode(answer_ids)[shown:])   # --max-tokens has cut the answer
+
+def length_of_partial_stop(text: str) -> int:
+    """How many characters at the end of the text are the beginning of STOP."""
+    return next((n for n in range(len(STOP) - 1, 0, -1) if text.endswith(STOP[:n])), 0)
+
+def ask(speakers: list[Speaker], history: History, question: str, args: Namespace) -> list[str]:
+    """Prints and returns the answer of each speaker. BadInput before anything is printed where one of them
+    cannot answer."""
+    uniforms = torch.rand(1, args.max_tokens)    # for all speakers: answers differ only where models do
+    streams = [answer(speaker, [*turns_of(history, i), ("Human", question)], args, uniforms)
+               for i, speaker in enumerate(speakers)]
+    names, width = [speaker.name for speaker in speakers], shutil.get_terminal_size().columns
+    if len(speakers) == 2 and width >= WIDE:
+        texts = two_columns(names, streams, width)
+    else:
+        texts = [one_column(name, stream) for name, stream in zip(names, streams, strict=True)]
+    return [text.strip() for text in texts]
+
+def turns_of(history: History, i: int) -> list[tuple[str, str]]:
+    """A conversation as turns (role, text) of the human and speaker i."""
+    turns = []
+    for question, answers in history:
+        turns += [("Human", question), ("Assistant", answers[i])]
+    return turns
+
+# ------------------------------------------------------------ on the screen
+def one_column(name: str, pieces: Iterable[str]) -> str:
     """Prints the pieces as they come, and returns their text. Ctrl-C stops the answer, not the program."""
     text = ""
     with suppress(KeyboardInterrupt):
@@ -114,10 +139,11 @@ def one_column(name, pieces):
     print()
     return text
 
-def two_columns(names, streams, width):
-    """one_column for two, side by side: a row is printed as soon as nothing that comes can change it."""
-    width = (width - 3) // 2
-    texts, lines = ["", ""], [[name[-width:], "-" * width, ""] for name in names]
+def two_columns(names: list[str], streams: Iterable[Iterator[str]], width: int) -> list[str]:
+    """one_column for two answers side by side. A row is printed as soon as no later piece can change it."""
+    width = (width - 3) // 2                 # of one column, with " | " between them
+    texts = ["", ""]
+    lines = [[name[-width:], "-" * width, ""] for name in names]   # of each column, those not printed yet
 
     def print_rows(n):
         for _ in range(n):
@@ -126,40 +152,69 @@ def two_columns(names, streams, width):
 
     with suppress(KeyboardInterrupt):
         for pieces in zip_longest(*streams):                       # None from an answer that has ended
-            going = [i for i in (0, 1) if pieces[i] is not None]
-            for i in going:
+            unfinished = [i for i in (0, 1) if pieces[i] is not None]
+            for i in unfinished:
                 texts[i] += pieces[i]
                 lines[i] += wrap(lines[i].pop() + pieces[i], width)
-            print_rows(min(len(lines[i]) - 1 for i in going))
+            print_rows(min(len(lines[i]) - 1 for i in unfinished))  # the last line may still grow
     print_rows(max(map(len, lines)))
     return texts
 
-def wrap(text, width):
-    """The lines of a text, the last with the spaces at its end, which stand before what comes next."""
-    lines = [textwrap.wrap(line, width, replace_whitespace=False) or [""] for line in text.split("\n")]
-    lines[-1][-1] += text[len(text.rstrip(" ")):]
-    return sum(lines, [])
+def wrap(text: str, width: int) -> list[str]:
+    """The lines of a text. Spaces at the end of the text stay, because the next piece may continue the
+    line."""
+    lines = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(paragraph, width, replace_whitespace=False) or [""]
+    lines[-1] += text[len(text.rstrip(" ")):]
+    return lines
 
-def turns_of(history, i):
-    """A history [(question, [answer of each speaker])] as turns (role, text) of the human and speaker i."""
-    return [turn for question, said in history for turn in (("Human", question), ("Assistant", said[i]))]
+# ------------------------------------------------------------ commands
+def run_command(line: str, speakers: list[Speaker], history: History, args: Namespace):
+    """Does what a line that begins with "/" asks for, and prints what was done. BadInput where it makes no
+    sense."""
+    name, _, value = line[1:].partition(" ")
+    name, value = name.lower().replace("-", "_"), value.strip()
+    if name in SETTINGS:
+        if value:
+            setattr(args, name, read_setting(name, value, speakers))
+        print(f"[{name} is {getattr(args, name)}]")
+    elif name == "help":
+        print(__doc__[__doc__.index("    /"):].rstrip())
+    elif name == "quit":
+        raise EOFError                       # talk leaves, as it does when the input ends
+    elif name not in ("retry", "undo", "clear", "save"):
+        raise BadInput(f"there is no command {line.split()[0]}; /help lists those there are")
+    elif not history:
+        raise BadInput("nothing has been said yet")
+    elif name == "save":
+        save(value, speakers, history)
+    elif name == "retry":                    # the old answer stays if the question cannot be answered again
+        *before, (question, _) = history
+        history[-1] = (question, ask(speakers, before, question, args))
+    else:
+        del history[0 if name == "clear" else -1:]
+        print("[forgotten]")
 
-def ask(speakers, history, question, args):
-    """Prints and returns the answer of each speaker (name, model, tokenizer); BadInput before any speaks."""
-    uniforms = torch.rand(1, args.max_tokens)       # the same for all: answers differ only where models do
-    streams = [answer(model, tokenizer, [*turns_of(history, i), ("Human", question)], args, uniforms)
-               for i, (_, model, tokenizer) in enumerate(speakers)]
-    names, width = [name for name, _, _ in speakers], shutil.get_terminal_size().columns
-    wide = len(speakers) == 2 and width >= 100
-    texts = two_columns(names, streams, width) if wide else map(one_column, names, streams)
-    return [text.strip() for text in texts]
+def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
+    """The value of a setting that was typed. BadInput where it is no number, or out of range."""
+    read: Callable[[str], float] = SETTINGS[name]
+    if name == "max_tokens":                 # the prompt needs room in every model's context
+        read = number(1, min(speaker.model.config.max_position_embeddings for speaker in speakers) - 1, int)
+    try:
+        return read(value)
+    except ArgumentTypeError as error:
+        raise BadInput(f"/{name}: {error}") from None
+    except ValueError:
+        raise BadInput(f"/{name}: {value} is not a {'whole ' * (name == 'max_tokens')}number") from None
 
-def save(file, history, args):
-    """Writes {"model", "messages"} of each model as a line for data.py; never over a file that exists."""
+def save(file: str, speakers: list[Speaker], history: History):
+    """Writes {"model", "messages"} of each speaker as a line for data.py. BadInput where the file exists
+    already, or cannot be written."""
     roles, rows = {"Human": "user", "Assistant": "assistant"}, []
-    for i, folder in enumerate(filter(None, [args.model, args.versus])):
+    for i, speaker in enumerate(speakers):
         messages = [{"role": roles[role], "content": text} for role, text in turns_of(history, i)]
-        rows.append(json.dumps({"model": folder, "messages": messages}) + "\n")
+        rows.append(json.dumps({"model": speaker.folder, "messages": messages}) + "\n")
     try:
         with open(os.path.expanduser(file), "x") as out:
             out.writelines(rows)
@@ -168,84 +223,74 @@ def save(file, history, args):
         raise BadInput(f"/save {file}: {why}") from None
     print(f"[saved to {without_controls(file)}]")
 
-def command(line, speakers, history, args):
-    """Does what a line that begins with "/" asks for, and says so; BadInput where there is no sense in it."""
-    name, _, value = line[1:].partition(" ")
-    name, value = name.lower().replace("-", "_"), value.strip()
-    if name in SETTINGS:
-        context = min(model.config.max_position_embeddings for _, model, _ in speakers)
-        read = number(int, 1, context - 1) if name == "max_tokens" else SETTINGS[name]
-        setattr(args, name, read(value) if value else getattr(args, name))
-        print(f"[{name} is {getattr(args, name)}]")
-    elif name == "help":
-        print(__doc__[__doc__.index("    /"):].rstrip())
-    elif name == "quit":
-        raise EOFError                       # as if the input had ended
-    elif name not in ("retry", "undo", "clear", "save"):
-        raise BadInput(f"there is no command {line.split()[0]}; /help lists those there are")
-    elif not history:
-        raise BadInput("nothing has been said yet")
-    elif name == "save":
-        save(value, history, args)
-    elif name == "retry":                    # the old answer goes only once there is a new one
-        *before, (question, _) = history
-        history[-1] = (question, ask(speakers, before, question, args))
-    else:
-        del history[0 if name == "clear" else -1:]
-        print("[forgotten]")
-
-def talk(speakers, args):
+# ------------------------------------------------------------ the program
+def talk(speakers: list[Speaker], args: Namespace):
     """Reads questions and commands until the input ends."""
     with suppress(ImportError):
-        import readline                      # gives input() line editing, and recall by the arrow keys
+        import readline  # noqa: F401        # lets input() edit lines, and recall earlier ones
     history = []
     print("[/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves]")
     while True:
         try:
             print()
-            line = input("Human: ").strip()  # only this in the prompt: readline must know its width
+            line = input("Human: ").strip()  # input() prints it, so that readline knows the prompt's width
             if line.startswith("/"):
-                command(line, speakers, history, args)
+                run_command(line, speakers, history, args)
             elif line:
                 history.append((line, ask(speakers, history, line, args)))
         except EOFError:
-            return print()
+            print()
+            return
         except KeyboardInterrupt:
             print("\n[Ctrl-D or /quit leaves]")
-        except (BadInput, argparse.ArgumentTypeError) as error:
-            print(f"[{without_controls(str(error))}]")
+        except BadInput as error:
+            print(f"[{error}]")
 
-def load(folder, base, tokenizer):
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else torch.float16 if cuda else torch.float32
-    model = load_model(folder, dtype, "cuda" if cuda else "cpu", base).eval()
+def load_speakers(args: Namespace) -> list[Speaker]:
+    """The model of --model, and that of --versus where it is given. The tokenizers and configs of both are
+    read and checked before any weights load."""
+    folders = [args.model, args.versus] if args.versus else [args.model]
+    bases = base_of_each(folders, args.base)
+    tokenizers = [open_tokenizer(folder, base, args.max_tokens + 1)[0]
+                  for folder, base in zip(folders, bases, strict=True)]
+    speakers = []
+    for folder, base, tokenizer in zip(folders, bases, tokenizers, strict=True):
+        name = folder if args.versus else "Assistant" if args.prompt is None else ""
+        model = load_network(folder, base, tokenizer)
+        speakers.append(Speaker(without_controls(name), folder, model, tokenizer))
+    return speakers
+
+def base_of_each(folders: list[str], base: str | None) -> list[str | None]:
+    """--base for every folder that is an adapter, None for the others. Where no folder is an adapter, all get
+    it, and lora.resolve refuses it."""
+    is_adapter = [(Path(folder) / "adapter_config.json").exists() for folder in folders]
+    return [base if adapter or not any(is_adapter) else None for adapter in is_adapter]
+
+def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
+    """A model ready to answer, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, dtype = "cuda", torch.bfloat16 if has_bfloat16 else torch.float16
+    else:
+        device, dtype = "cpu", torch.float32
+    model = load_model(folder, dtype, device, base).eval()
     model.n_words = tokenizer.vocab_size
-    if sum(p.numel() for p in model.parameters()) < 3e7:
-        torch.set_num_threads(1)             # two take 80 ms a token on a busy machine, where one takes 3
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return model
 
 def main():
     args = get_args()
-    folders = [args.model, args.versus] if args.versus else [args.model]
-    names = folders if args.versus else ["Assistant" if args.prompt is None else ""]
-    # what is wrong with any small file is said before weights load
-    tokenizers = [open_tokenizer(folder, args.base, args.max_tokens + 1)[0] for folder in folders]
-    speakers = [(without_controls(name), load(folder, args.base, tokenizer), tokenizer)
-                for name, folder, tokenizer in zip(names, folders, tokenizers)]
+    speakers = load_speakers(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.prompt is None:
-        return talk(speakers, args)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # here Ctrl-C does end the program
-    ask(speakers, [], args.prompt, args)
+        talk(speakers, args)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the program, not only the answer
+        ask(speakers, [], args.prompt, args)
 
 if __name__ == "__main__":
-    try:
-        sys.stdin.reconfigure(errors="replace")
-        sys.stdout.reconfigure(errors="replace")                   # where the terminal lacks a character
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # "?" where the terminal lacks a character
+    exit_with_one_line(main)

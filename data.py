@@ -1,18 +1,19 @@
 """From text to batches: the tokenizer, the one template, the file formats, the split, the masks, the sampler.
 
-1. read_records turns any file into records {"prompt", "chosen", "rejected"}, the prompt rendered in the template
+1. read_records turns any file into Records: the turns of a conversation, then an answer, perhaps a worse one
 2. split_records gives each of the three steps its own conversations, by a hash of the first question
-3. encode_* turns a record into ids that fit; what does not fit is cut or dropped by rule, and counted
+3. encode_* turns a Record into ids that fit; what does not fit is cut or dropped by rule, and counted
 4. batches groups rows of like length, in another order every epoch; collate_* pads them into tensors
 
 How a padded batch looks ("_" is padding: id 0 under mask 0; b BOS, e EOS, p prompt, r response):
 
-    SFT and reward, padded right          PPO, prompts padded left, so every response starts at column P
-    ids     b p p p r r e _ _             ids     _ _ b p p p | r r e _        column t of the logits predicts
-    mask    1 1 1 1 1 1 1 0 0             mask    0 0 1 1 1 1 | 1 1 1 0        token t + 1, so logits[:, P-1:T-1]
-    labels  . . . . r r e . .             column  0 1 2 3 4 5 | P ...          predict the response
+    SFT and reward, padded right        PPO, prompts padded left, so every response starts at column P
+    ids     b p p p r r e _ _           ids     _ _ b p p p | r r e _       column t of the logits predicts
+    mask    1 1 1 1 1 1 1 0 0           mask    0 0 1 1 1 1 | 1 1 1 0       token t + 1, so logits[:, P-1:T-1]
+    labels  . . . . r r e . .           column  0 1 2 3 4 5 | P ...         predict the response
             (. is -100: no loss there)
 """
+import codecs
 import gzip
 import hashlib
 import itertools
@@ -21,54 +22,78 @@ import random
 import re
 import sys
 import zlib
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import sentencepiece
 import torch
+from torch import Tensor
 
-from llama import BadInput, LlamaConfig
+from llama import LlamaConfig
 from lora import resolve
+from runtime.errors import BadInput
+from runtime.folders import data_sizes, read_json
 from runtime.ranks import say
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+Turns = list[tuple[str, str]]                # (role, text); System (only as the first), Human or Assistant
+
+# No sound file reaches these bounds. They keep a file that is damaged, or no data, from filling the memory.
+MAX_TOKENIZER_BYTES = 2**28                  # a tokenizer.model: it may be a file of weights by mistake
+MAX_LINE_BYTES = 2**25                       # one line of JSON lines: the file may have no line ends
+MAX_ARRAY_BYTES = 2**29                      # a whole JSON array, which is parsed at once
+MAX_TEXT_CHARACTERS = 2**22                  # one text: the tokenizer takes many times its size
+
+# ------------------------------------------------------------ tokenizer
 class Tokenizer:
-    """A SentencePiece tokenizer.model, from a file or the folder that holds it. Special ids are read from it."""
-    def __init__(self, path):
+    """A SentencePiece tokenizer.model, given as the file or as its folder. The model names BOS and EOS."""
+
+    def __init__(self, path: str | Path):
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         try:
-            if file.stat().st_size > 2**28:
+            if file.stat().st_size > MAX_TOKENIZER_BYTES:
                 raise OSError
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
             self.vocab_size = len(self.model)
-            self.pieces()                    # raises where they are not UTF-8
-        except (OSError, RuntimeError, ValueError):                # ValueError: a null character in the name
+            self.pieces()                    # raises ValueError where a piece is not UTF-8
+        except (OSError, RuntimeError, ValueError):      # ValueError: also a null character in the path
             found = "is not a SentencePiece model" if file.exists() else "there is no such file"
             raise BadInput(f"{file}: {found}; a LLaMA folder brings its tokenizer.model") from None
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise BadInput(f"{file}: has no BOS or no EOS; a LLaMA tokenizer has both")
 
-    def encode(self, text):
-        """Ids of a text, without BOS and EOS; the same call for every text of every stage."""
-        return self.model.encode(text.encode("utf-8", "replace").decode())       # half a surrogate is no text
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS. SentencePiece puts a space before every text that it encodes.
+        That is why the template has no space after "Assistant:": the answer, encoded apart, brings this space
+        itself, and prompt and answer encoded apart are the ids of "prompt answer" encoded at once."""
+        # JSON can hold half of a surrogate pair, which is not a character; "?" takes its place
+        return self.model.encode(text.encode("utf-8", "replace").decode())
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without the space that encode puts before it."""
         return self.model.decode(ids)
 
-    def pieces(self):
-        """All words, in the order of their ids: two tokenizers are the same if these are."""
+    def pieces(self) -> list[str]:
+        """All tokens as text, in the order of their ids. Two tokenizers are the same if their pieces are
+        equal."""
         return self.model.id_to_piece(list(range(self.vocab_size)))
 
-def open_tokenizer(path, base=None, longest=0):
-    """(tokenizer, config, its folder) of a model folder, an adapter's own tokenizer first. BadInput where it has
-    more words than the network, or the context is below `longest`. Its BOS and EOS win over config.json's."""
+def open_tokenizer(path: str | Path, base: str | None = None,
+                   longest: int = 0) -> tuple[Tokenizer, LlamaConfig, Path]:
+    """(tokenizer, config, the tokenizer's folder) of a model folder. An adapter's own tokenizer comes before
+    that of its base. The config returned has the tokenizer's BOS and EOS. BadInput where the tokenizer has
+    more tokens than the network, or the network's context is below `longest` tokens."""
     full, adapter = resolve(path, base)
     folder = adapter if adapter is not None and (adapter / "tokenizer.model").exists() else full
     tokenizer, config = Tokenizer(folder), LlamaConfig.from_pretrained(full)
     if tokenizer.vocab_size > config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} only "
-                       f"{config.vocab_size}; they do not belong together")
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} "
+                       f"only {config.vocab_size}; they do not belong together")
     if longest > config.max_position_embeddings:
         raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or "
                        f"--max-tokens), the model's context is {config.max_position_embeddings}")
@@ -79,51 +104,81 @@ def open_tokenizer(path, base=None, longest=0):
     config.bos_token_id, config.eos_token_id = bos, eos
     return tokenizer, config, folder
 
-# ------------------------------------------------------------------------------------------------ template
-def parse_turns(text, before=r"(?:^|\n\n)"):
-    """A transcript as [(role, text)]; what precedes the first turn is a system text, no Human turn a question."""
-    head, *parts = re.split(before + r"\s*(Human|Assistant):", text)
-    if "Human" not in parts[::2]:
-        return [("Human", text.strip())]
-    return clean_turns([("System", head), *zip(parts[::2], parts[1::2])])
+# ------------------------------------------------------------ template
+@dataclass
+class Record:
+    """What the reader of every file format makes: the turns before the answer, the answer, and the worse
+    answer of a pair. A plain text has no turns; the text is `chosen`."""
+    turns: Turns
+    chosen: str | None = None
+    rejected: str | None = None
 
-def clean_turns(turns):
-    """Strips texts, puts a system text before the next question with a blank line, drops answers to nothing."""
+    @property
+    def prompt(self) -> str:
+        """The turns in the template, or "" where there are none."""
+        return render(self.turns)
+
+def render(turns: Turns) -> str:
+    """The one template: "\\n\\nHuman: why?\\n\\nAssistant:" asks for the answer that follows the turns."""
+    if not turns:
+        return ""
+    return "".join(f"\n\n{role}: {text}" for role, text in join_system(turns)) + "\n\nAssistant:"
+
+def join_system(turns: Turns) -> Turns:
+    """The same turns, but the system text stands before the first question, with a blank line between."""
+    if turns[0][0] != "System":
+        return turns
+    (_, system), (role, question), *rest = turns
+    return [(role, f"{system}\n\n{question}"), *rest]
+
+def clean_turns(turns: Turns) -> Turns:
+    """Strips the texts, and drops answers before the first question. System texts before the first question
+    become the one System turn; a later one goes before the next question, with a blank line between, into
+    that Human turn."""
     cleaned, system = [], ""
     for role, text in turns:
+        text = text.strip()
         if role == "System":
-            system += text.strip() + "\n\n" if text.strip() else ""
+            system = "\n\n".join(filter(None, (system, text)))
         elif role == "Human":
-            cleaned.append((role, system + text.strip()))
+            if system and not cleaned:
+                cleaned.append(("System", system))
+            elif system:
+                text = f"{system}\n\n{text}"
+            cleaned.append(("Human", text))
             system = ""
         elif cleaned:
-            cleaned.append((role, text.strip()))
+            cleaned.append(("Assistant", text))
     return cleaned
 
-def render(turns):
-    """The one template: turns (role, text) as the prompt that asks for the next answer."""
-    turns = turns[:-1] if turns[-1] == ("Assistant", "") else turns
-    return "".join(f"\n\n{role}: {text}" for role, text in turns) + "\n\nAssistant:"
+def parse_turns(text: str, separator: str = r"(?:^|\n\n)") -> Turns:
+    """The turns of a transcript such as "\\n\\nHuman: why?\\n\\nAssistant: so". Text before the first turn is
+    the system text. A text without any Human turn is one question. separator is the pattern that stands
+    before each turn."""
+    head, *parts = re.split(separator + r"\s*(Human|Assistant):", text)
+    roles, texts = parts[::2], parts[1::2]
+    if "Human" not in roles:
+        return [("Human", text.strip())]
+    return clean_turns([("System", head), *zip(roles, texts, strict=True)])
 
-# ------------------------------------------------------------------------------------------------ file formats
-def read_records(path, tally=None):
-    """All records of a file: JSON array, JSON lines (both perhaps gzipped) or parquet, of the rows in row_records.
-    tally, a Counter, counts what was dropped. BadInput names file and line of what cannot be read."""
+# ------------------------------------------------------------ files
+def read_records(path: str | Path, tally: Counter | None = None) -> list[Record]:
+    """All records of a file: a JSON array or JSON lines (either may be gzipped), or parquet, with the kinds
+    of rows in KINDS. tally counts what is dropped. BadInput names the file and the line of what cannot be
+    read."""
     tally = Counter() if tally is None else tally
     records = []
-    for where, row in read_rows(Path(path)):
+    for number, row in read_rows(Path(path)):
         try:
             records += row_records(row, tally)
         except BadInput as error:
-            raise BadInput(f"{path}:{where}: {error}") from None
+            raise BadInput(f"{path}:{number}: {error}") from None
     if not records:
         raise BadInput(f"{path}: holds no usable rows")
     return records
 
-MOST_TEXT, MOST_LINE, MOST_ARRAY = 2**22, 2**25, 2**29             # characters of a text; bytes of a line, of an array
-
-def read_rows(path):
-    """Yields (line or row number, row) of a file; the content decides, not the ending."""
+def read_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yields (number of the line or row, row). The content tells the format, the file's ending does not."""
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -131,130 +186,230 @@ def read_rows(path):
                 yield from read_parquet(path)
                 return
             file.seek(0)
-            yield from read_json_rows(path, gzip.open(file) if head[:2] == b"\x1f\x8b" else file)
+            yield from read_json_rows(path, gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file)
+    except BadInput:
+        raise
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
-def read_json_rows(path, file):
-    """The rows of a JSON array, or of JSON lines; piece by piece, for a small compressed file can be a very large one."""
-    start = file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip() if hasattr(file, "peek") else b""
-    array = start[:1] == b"["
-    pieces = iter([file.read(MOST_ARRAY + 1)]) if array else iter(lambda: file.readline(MOST_LINE + 1), b"")
-    for number, piece in enumerate(pieces, 1):
-        where = f"{path}{'' if array else f':{number}'}"
-        if len(piece) > (MOST_ARRAY if array else MOST_LINE):
-            raise BadInput(f"{where}: is longer than {(MOST_ARRAY if array else MOST_LINE) >> 20} MB; it should hold a row per "
-                           f"line")
-        try:
-            text = piece.decode("utf-8-sig" if number == 1 else "utf-8")
-            value = json.loads(text) if text.strip() else []
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{where}: is not UTF-8 text (byte {error.start})") from None
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where}: is not JSON ({error})") from None
+def read_json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, object]]:
+    """The rows of a JSON array, or of JSON lines. Reads are bounded: a small gzip may unpack to terabytes."""
+    start = file.peek(64)
+    if start.startswith(codecs.BOM_UTF8):    # Windows writes this mark at the start of a file
+        file.read(len(codecs.BOM_UTF8))
+    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        text = decode_json(path, file.read(MAX_ARRAY_BYTES + 1), MAX_ARRAY_BYTES)
+        yield from enumerate(parse_json(path, text), 1)
+        return
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        text = decode_json(f"{path}:{number}", line, MAX_LINE_BYTES)
         if text.strip():
-            yield from enumerate(value, 1) if array else [(number, value)]
+            yield number, parse_json(f"{path}:{number}", text)
 
-def read_parquet(path):
+def decode_json(where: str | Path, piece: bytes, most: int) -> str:
+    if len(piece) > most:
+        raise BadInput(f"{where}: is longer than {most >> 20} MB; it should hold a row per line")
+    try:
+        return piece.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: is not UTF-8 text (byte {error.start})") from None
+
+def parse_json(where: str | Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:      # RecursionError: thousands of nested brackets
+        raise BadInput(f"{where}: is not JSON ({error})") from None
+
+def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a parquet file, which only the package pyarrow can read."""
     try:
         import pyarrow
         import pyarrow.parquet
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
     except ImportError:
         raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise BadInput(f"{path}: is a damaged parquet file ({str(error).splitlines()[0]})") from None
+    yield from enumerate(rows, 1)
 
-def row_records(row, tally):
-    """The records of one row; its keys tell its kind, in this order, and other keys are ignored."""
-    if not isinstance(row, dict):
-        raise BadInput(f"is a {type(row).__name__}, expected an object with named fields")
-    has = row.keys().__ge__
-    if has({"chosen", "rejected", "prompt"}):                                        # rm-static
-        return [record(parse_turns(text(row, "prompt")), text(row, "chosen"), text(row, "rejected"))]
-    if has({"chosen", "rejected"}):                                                  # hh-rlhf: whole transcripts
-        (*chosen, answer), (*rejected, other) = (parse_turns(text(row, key)) for key in ("chosen", "rejected"))
-        if answer[0] != "Assistant" or other[0] != "Assistant":
-            raise BadInput('chosen and rejected stand without a prompt, so each must be a transcript of "Human:" '
-                           'and "Assistant:" turns that ends with an answer')
-        tally["pairs whose transcripts differ before the last answer"] += chosen != rejected
-        return [record(chosen, answer[1], other[1])] if chosen == rejected else []
-    if has({"messages"}):
-        return conversation(row, "messages", "role", "content", tally)
-    if has({"conversations"}):                                                       # ShareGPT
-        return conversation(row, "conversations", "from", "value", tally)
-    if has({"history", "human_ref_A", "human_ref_B", "labels"}):                     # SHP: label 1 prefers A
-        if row["labels"] not in (0, 1):
-            raise BadInput(f"labels is {row['labels']!r}, expected 0 or 1")
-        better, worse = ("human_ref_A", "human_ref_B")[::1 if row["labels"] else -1]
-        return [record(parse_turns(text(row, "history")), text(row, better), text(row, worse))]
-    if has({"instruction", "output"}):                                               # Alpaca
-        question, extra = text(row, "instruction").strip(), text(row, "input").strip() if row.get("input") else ""
-        if question.startswith("Human:"):                                            # multi-turn Alpaca
-            return [record(parse_turns(question, before=r"(?:^|\s)"), text(row, "output"))]
-        return [record([("Human", f"{question}\n{extra}".strip())], text(row, "output"))]
-    if has({"prompt"}):
-        return [record(parse_turns(text(row, "prompt")), text(row, "chosen") if has({"chosen"}) else None)]
-    if has({"text"}):                                                                # pre-training: no template
-        return [{"prompt": "", "chosen": text(row, "text").strip(), "rejected": None}]
-    raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
+# ------------------------------------------------------------ kinds of rows
+def read_rm_static(row: dict, tally: Counter) -> list[Record]:
+    turns = parse_turns(get_text(row, "prompt"))
+    return [make_record(turns, get_text(row, "chosen"), get_text(row, "rejected"))]
 
-def record(turns, chosen, rejected=None):
-    chosen, rejected = chosen and chosen.strip(), rejected and rejected.strip()
-    return {"prompt": render(turns), "chosen": chosen, "rejected": rejected}
+def read_hh(row: dict, tally: Counter) -> list[Record]:
+    """Two whole transcripts. A pair is comparable only if they are the same up to the last answer."""
+    *turns, (role, chosen) = parse_turns(get_text(row, "chosen"))
+    *other_turns, (other_role, rejected) = parse_turns(get_text(row, "rejected"))
+    if role != "Assistant" or other_role != "Assistant":
+        raise BadInput('chosen and rejected stand without a prompt, so each must be a transcript of "Human:" '
+                       'and "Assistant:" turns that ends with an answer')
+    if turns != other_turns:
+        tally["pairs whose transcripts differ before the last answer"] += 1
+        return []
+    return [make_record(turns, chosen, rejected)]
 
-def text(row, key):
-    if not isinstance(row[key], str):
-        raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
-    if len(row[key]) > MOST_TEXT:
-        raise BadInput(f"{key} has {len(row[key]):,} characters, too many to be one text")
-    return row[key]
+ROLES = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 
-def conversation(row, key, role_key, text_key, tally):
-    """One record per assistant turn, each with what stands before it as its prompt."""
-    roles = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
-    said, needed = row[key], {role_key, text_key}
-    if not isinstance(said, list) or not all(isinstance(m, dict) and m.keys() >= needed for m in said):
+def read_conversation(row: dict, key: str, role_key: str, text_key: str, tally: Counter) -> list[Record]:
+    """One record per answer of a list of messages; the turns before the answer are its prompt."""
+    messages = row[key]
+    keys = {role_key, text_key}
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and keys <= m.keys() for m in messages):
         raise BadInput(f"{key} must be a list of objects with {role_key} and {text_key}")
-    if unknown := [m[role_key] for m in said if m[role_key] not in list(roles)]:
-        raise BadInput(f"{key}: {role_key} {unknown[0]!r} is none of {', '.join(roles)}")
-    turns = clean_turns([(roles[m[role_key]], text(m, text_key)) for m in said])
-    records = [record(turns[:i], answer) for i, (role, answer) in enumerate(turns) if role == "Assistant"]
+    for message in messages:
+        if message[role_key] not in list(ROLES):                   # a list, because a role may be unhashable
+            raise BadInput(f"{key}: {role_key} {message[role_key]!r} is none of {', '.join(ROLES)}")
+    turns = clean_turns([(ROLES[m[role_key]], get_text(m, text_key)) for m in messages])
+    records = [make_record(turns[:i], text) for i, (role, text) in enumerate(turns) if role == "Assistant"]
     tally["conversations without an answer"] += not records
     return records
 
-# ------------------------------------------------------------------------------------------------ split
-def split_records(records, weights, phase, seed):
-    """The records of one phase, whose shares are the weights. A conversation's side is a hash of its first
-    question: no question stands on two sides, and every step and rank sees the same division."""
+def read_messages(row: dict, tally: Counter) -> list[Record]:
+    return read_conversation(row, "messages", "role", "content", tally)
+
+def read_sharegpt(row: dict, tally: Counter) -> list[Record]:
+    return read_conversation(row, "conversations", "from", "value", tally)
+
+def read_shp(row: dict, tally: Counter) -> list[Record]:
+    """Two answers, A and B, of which people preferred one: label 1 prefers A, label 0 prefers B."""
+    if row["labels"] not in (0, 1):
+        raise BadInput(f"labels is {row['labels']!r}, expected 0 or 1")
+    better, worse = ("human_ref_A", "human_ref_B") if row["labels"] else ("human_ref_B", "human_ref_A")
+    return [make_record(parse_turns(get_text(row, "history")), get_text(row, better), get_text(row, worse))]
+
+def read_alpaca(row: dict, tally: Counter) -> list[Record]:
+    """One question, perhaps with an input on the line below. An instruction that begins with "Human:" is a
+    transcript on one line: "Human: why? Assistant: so Human: and? Assistant:"."""
+    question = get_text(row, "instruction").strip()
+    if question.startswith("Human:"):
+        turns = parse_turns(question, separator=r"(?:^|\s)")
+    else:
+        extra = get_text(row, "input").strip() if row.get("input") else ""
+        turns = [("Human", f"{question}\n{extra}".strip())]
+    return [make_record(turns, get_text(row, "output"))]
+
+def read_demonstration(row: dict, tally: Counter) -> list[Record]:
+    return [make_record(parse_turns(get_text(row, "prompt")), get_text(row, "chosen"))]
+
+def read_prompt(row: dict, tally: Counter) -> list[Record]:
+    return [make_record(parse_turns(get_text(row, "prompt")))]
+
+def read_plain_text(row: dict, tally: Counter) -> list[Record]:
+    return [make_record([], get_text(row, "text"))]
+
+# A row is of the first kind whose keys it all has; its other keys are ignored.
+# A new format is one reader above and one line here.
+KINDS: list[tuple[set[str], Callable[[dict, Counter], list[Record]]]] = [
+    ({"prompt", "chosen", "rejected"}, read_rm_static),
+    ({"chosen", "rejected"}, read_hh),
+    ({"messages"}, read_messages),
+    ({"conversations"}, read_sharegpt),
+    ({"history", "human_ref_A", "human_ref_B", "labels"}, read_shp),
+    ({"instruction", "output"}, read_alpaca),                      # and perhaps "input"
+    ({"prompt", "chosen"}, read_demonstration),
+    ({"prompt"}, read_prompt),
+    ({"text"}, read_plain_text),
+]
+
+def row_records(row: object, tally: Counter) -> list[Record]:
+    """The records of one row: one, none where the row is dropped, or one per answer of a conversation."""
+    if not isinstance(row, dict):
+        raise BadInput(f"is a {type(row).__name__}, expected an object with named fields")
+    for keys, read in KINDS:
+        if keys <= row.keys():
+            return read(row, tally)
+    raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
+
+def make_record(turns: Turns, chosen: str | None = None, rejected: str | None = None) -> Record:
+    """A Record with stripped answers. An empty Assistant turn at the end is the "Assistant:" with which the
+    prompts of many files end; it is dropped, because render adds its own."""
+    if turns and turns[-1] == ("Assistant", ""):
+        turns = turns[:-1]
+    return Record(turns, chosen and chosen.strip(), rejected and rejected.strip())
+
+def get_text(row: dict, key: str) -> str:
+    if not isinstance(row[key], str):
+        raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
+    if len(row[key]) > MAX_TEXT_CHARACTERS:
+        raise BadInput(f"{key} has {len(row[key]):,} characters, too many to be one text")
+    return row[key]
+
+# ------------------------------------------------------------ split
+def split_records(records: list[Record], weights: Sequence[float], phase: int,
+                  seed: int | str) -> list[Record]:
+    """The records of one phase; weights are the shares of the phases. A hash of the first question decides,
+    so no question is in two phases, and every step and rank sees the same division."""
     low, high, whole = sum(weights[:phase]), sum(weights[:phase + 1]), sum(weights)
 
-    def place(row):
-        question = next((t for role, t in parse_turns(row["prompt"]) if role == "Human"), "") or row["chosen"] or ""
-        digest = hashlib.sha256(f"{seed}:{question}".encode("utf-8", "replace")).digest()
+    def place(record):                       # from 0 to whole
+        question = join_system(record.turns)[0][1].strip() if record.turns else ""
+        text = question or record.chosen or ""
+        digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "replace")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 * whole
 
-    return [row for row in records if low <= place(row) < high]
+    return [record for record in records if low <= place(record) < high]
 
-def load_records(files, phase, split, seed, eval_files, eval_share, tally):
-    """(training, held-out) records of a phase. split, such as (4, 4, 2), divides only files of pairs, which all
-    three steps can use; None gives everything. Without eval_files a share of the conversations is held out."""
+def are_pairs(records: list[Record]) -> bool:
+    return any(record.rejected is not None for record in records)
+
+def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None, seed: int,
+                 eval_files: Iterable[str] | None, eval_share: float,
+                 tally: Counter) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records of a phase. split, such as (4, 4, 2), divides files of pairs, which all
+    three steps can use; None divides nothing. Without eval_files, eval_share of the conversations is held
+    out."""
     records = []
     for file in files:
-        rows = read_records(file, tally)
-        pairs = any(row["rejected"] is not None for row in rows)
-        records += split_records(rows, split, phase, seed) if split and pairs else rows
+        of_file = read_records(file, tally)
+        records += split_records(of_file, split, phase, seed) if split and are_pairs(of_file) else of_file
     if eval_files:
-        return records, [row for file in eval_files for row in read_records(file, tally)]
-    sides = (1 - eval_share, eval_share)
-    return tuple(split_records(records, sides, side, f"{seed} held out") for side in (0, 1))
+        return records, [record for file in eval_files for record in read_records(file, tally)]
+    # with another seed than the split's: else all held-out questions would come from one end of a phase
+    sides, other_seed = (1 - eval_share, eval_share), f"{seed} held out"
+    return split_records(records, sides, 0, other_seed), split_records(records, sides, 1, other_seed)
 
-def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
-    """(training, held-out) rows that encode makes of this phase's records; says what was read, cut and dropped."""
-    parts = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share, tally)
-    train, held_out = ([row for r in part if (row := encode(tokenizer, r, max_len, tally))] for part in parts)
+def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
+    """BadInput where a folder that this run starts from was trained on one of this run's files of pairs (same
+    name, same size) under another --split or --split-seed: the steps would then share rows that should be
+    apart."""
+    def in_words(split, seed):
+        shares = [str(share).removesuffix(".0") for share in split] if isinstance(split, list) else ["none"]
+        return f"{','.join(shares)} with seed {seed}"
+
+    def division(split, seed):               # 8,8,4 divides as 4,4,2 does
+        numbers = isinstance(split, list) and all(isinstance(share, int | float) for share in split)
+        return [share / sum(split) for share in split] if numbers and sum(split) else None, seed
+
+    for folder in folders:
+        earlier = {}
+        with suppress(BadInput):             # no args.json, or another program's
+            earlier = read_json(Path(folder) / "args.json")
+        sizes, theirs = earlier.get("data_sizes"), (earlier.get("split"), earlier.get("split_seed"))
+        ours = args.split, args.split_seed
+        if not isinstance(sizes, dict) or division(*theirs) == division(*ours):
+            continue
+        for path in args.data:
+            (name, size), = data_sizes([path]).items()
+            if sizes.get(name) == size and are_pairs(read_records(path)):
+                raise BadInput(f"--split, --split-seed: {folder} was trained on {name} divided by "
+                               f"{in_words(*theirs)}, this run divides it by {in_words(*ours)}; rows would "
+                               f"be seen by two steps")
+
+def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenizer, max_len: int, batch: int,
+              folders: Iterable[str | Path] = (), tally: Counter | None = None) -> tuple[list, list]:
+    """(training, held-out) rows that encode makes of this phase's records. Rank 0 prints how many there are
+    and what was cut and dropped. folders are those that this run starts from (see check_split)."""
+    tally = Counter() if tally is None else tally
+    sides = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share,
+                         tally)
+    check_split(args, folders)
+    train, held_out = ([row for record in records if (row := encode(tokenizer, record, max_len, tally))]
+                       for records in sides)
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
         + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
     if len(train) < batch:
@@ -264,83 +419,108 @@ def load_rows(args, phase, encode, tokenizer, max_len, batch, tally):
         raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
     return train, held_out
 
-# ------------------------------------------------------------------------------------------------ ids that fit
-def fit_prompt(tokenizer, prompt, room):
-    """(ids, lost): the prompt with BOS, and whether it lost turns: the oldest go until it fits into `room` ids,
-    but never the last question, which is returned even where it does not fit."""
-    if not prompt:
-        return [tokenizer.bos_id], False
-    turns = parse_turns(prompt)
-    for start in (i for i, (role, _) in enumerate(turns) if role == "Human"):
-        ids = [tokenizer.bos_id] + tokenizer.encode(render(turns[start:]) if start else prompt)
+# ------------------------------------------------------------ ids that fit
+def fit_prompt(tokenizer: Tokenizer, turns: Turns, room: int) -> tuple[list[int], list[str]]:
+    """(ids, lost): the prompt with BOS, shortened until it fits into `room` ids, and the keys of a tally that
+    name what it lost. The oldest turns go first, and the system text goes only where it does not fit beside
+    the last question. The last question never goes; it is returned even where it does not fit."""
+    if not turns:
+        return [tokenizer.bos_id], []
+    questions = [i for i, (role, _) in enumerate(turns) if role == "Human"]
+    system = turns[:questions[0]]            # the System turn, or nothing
+    attempts = [system + turns[start:] for start in questions]     # ever fewer turns
+    attempts += [turns[start:] for start in questions] if system else []
+    for kept in attempts:
+        ids = [tokenizer.bos_id] + tokenizer.encode(render(kept))
         if len(ids) <= room:
             break
-    return ids, start > 0
+    lost_system = bool(system) and kept[0] != system[0]
+    lost_turns = len(kept) + lost_system < len(turns)
+    return ids, (["prompts that lost their oldest turns"] if lost_turns else []) + (
+        ["prompts that lost their system text"] if lost_system else [])
 
-def encode_prompt(tokenizer, record, max_len, tally=None):
+def encode_answer(tokenizer: Tokenizer, answer: str | None) -> list[int]:
+    """Ids of an answer and EOS; EOS alone where there is none."""
+    return tokenizer.encode((answer or "").strip()) + [tokenizer.eos_id]
+
+def encode_prompt(tokenizer: Tokenizer, record: Record, max_len: int,
+                  tally: Counter | None = None) -> list[int] | None:
     """Ids of the prompt with BOS, at most max_len, or None where the last question alone does not fit."""
     tally = Counter() if tally is None else tally
-    ids, lost = fit_prompt(tokenizer, record["prompt"], max_len)
-    if not record["prompt"] or len(ids) > max_len:
-        tally["rows dropped: " + ("the last question does not fit" if record["prompt"] else "no prompt")] += 1
+    ids, lost = fit_prompt(tokenizer, record.turns, max_len)
+    if not record.turns or len(ids) > max_len:
+        why = "the last question does not fit" if record.turns else "no prompt"
+        tally[f"rows dropped: {why}"] += 1
         return None
-    tally["prompts that lost their oldest turns"] += lost
+    tally.update(lost)
     return ids
 
-def encode_sft(tokenizer, record, max_len, tally=None):
-    """(ids, n_prompt), BOS prompt answer EOS in at most max_len, or None. Old turns go before the answer does; one
-    still too long is cut, and gets no EOS: nobody should learn to stop in mid-sentence."""
+def encode_sft(tokenizer: Tokenizer, record: Record, max_len: int,
+               tally: Counter | None = None) -> tuple[list[int], int] | None:
+    """(ids, n_prompt): BOS, prompt, answer and EOS in at most max_len ids, or None. The prompt is shortened
+    before the answer is. An answer that is still too long is cut and gets no EOS: the model must not learn to
+    stop in mid-sentence."""
     tally = Counter() if tally is None else tally
-    answer = tokenizer.encode((record["chosen"] or "").strip()) + [tokenizer.eos_id]
-    prompt, lost = fit_prompt(tokenizer, record["prompt"], max_len - len(answer))
+    answer = encode_answer(tokenizer, record.chosen)
+    prompt, lost = fit_prompt(tokenizer, record.turns, max_len - len(answer))
     if len(answer) == 1 or len(prompt) >= max_len:
-        tally["rows dropped: " + ("no answer" if len(answer) == 1 else "the last question does not fit")] += 1
+        why = "no answer" if len(answer) == 1 else "the last question does not fit"
+        tally[f"rows dropped: {why}"] += 1
         return None
-    tally["prompts that lost their oldest turns"] += lost
+    tally.update(lost)
     tally["answers cut"] += len(prompt) + len(answer) > max_len
     return (prompt + answer)[:max_len], len(prompt)
 
-def encode_pair(tokenizer, record, max_len, tally=None):
-    """(chosen_ids, rejected_ids, n_prompt) with one prompt, or None: no answer is ever cut."""
+def encode_pair(tokenizer: Tokenizer, record: Record, max_len: int,
+                tally: Counter | None = None) -> tuple[list[int], list[int], int] | None:
+    """(chosen_ids, rejected_ids, n_prompt), or None. Both have the same prompt, shortened for the longer
+    answer. No answer is cut: the reward model must judge whole answers."""
     tally = Counter() if tally is None else tally
-    chosen, rejected = (tokenizer.encode((record[key] or "").strip()) + [tokenizer.eos_id]
-                        for key in ("chosen", "rejected"))
+    chosen, rejected = (encode_answer(tokenizer, answer) for answer in (record.chosen, record.rejected))
     room = max_len - max(len(chosen), len(rejected))
-    prompt, lost = fit_prompt(tokenizer, record["prompt"], room)
+    prompt, lost = fit_prompt(tokenizer, record.turns, room)
     empty, same = min(len(chosen), len(rejected)) == 1, chosen == rejected
     if empty or same or len(prompt) > room:
-        tally["pairs dropped: " + ("an answer is empty" if empty else "identical" if same else "too long")] += 1
+        why = "an answer is empty" if empty else "identical" if same else "too long"
+        tally[f"pairs dropped: {why}"] += 1
         return None
-    tally["prompts that lost their oldest turns"] += lost
+    tally.update(lost)
     return prompt + chosen, prompt + rejected, len(prompt)
 
-# ------------------------------------------------------------------------------------------------ batches
-def batches(lengths, batch, seed, epoch):
-    """Lists of `batch` row numbers, of like length within a list (little padding), in another order every epoch.
-    The rows left over sit this epoch out; which ones changes with the epoch."""
+# ------------------------------------------------------------ batches
+def batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Lists of `batch` row numbers. The rows of one list have like lengths, so that little is padding. The
+    order is another one in every epoch. The rows that fill no batch are left out of the epoch; the next
+    leaves out others."""
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
     order = order[:len(order) // batch * batch]
-    pool = 50 * batch                        # sort within pools of rows: like lengths, yet random company
-    order = [i for at in range(0, len(order), pool) for i in sorted(order[at:at + pool], key=lambda i: lengths[i])]
+    pool = 50 * batch                        # sorted in random pools, so every epoch has other batches
+    for at in range(0, len(order), pool):
+        order[at:at + pool] = sorted(order[at:at + pool], key=lambda row: lengths[row])
     groups = [order[at:at + batch] for at in range(0, len(order), batch)]
     rng.shuffle(groups)
     return groups
 
-def stream(lengths, batch, seed, start=0):
-    """Yields (epoch, row numbers) of batch after batch, epoch after epoch, from the start-th batch on."""
+def stream(lengths: Sequence[int], batch: int, seed: int, done: int = 0,
+           steps: int | None = None) -> Iterator[tuple[int, int, list[int]]]:
+    """Yields (step, epoch, row numbers) for the steps done + 1, done + 2, ... up to `steps`, or without end.
+    A resumed run gets the batches that it would have got without the stop."""
     per_epoch = len(lengths) // batch
-    for epoch in itertools.count(start // per_epoch):
-        yield from ((epoch, rows) for rows in batches(lengths, batch, seed, epoch)[start % per_epoch:])
-        start = 0
+    for step in itertools.count(done + 1) if steps is None else range(done + 1, steps + 1):
+        epoch, at = divmod(step - 1, per_epoch)
+        if at == 0 or step == done + 1:
+            groups = batches(lengths, batch, seed, epoch)
+        yield step, epoch, groups[at]
 
-def deal(rows, rank, world, micro):
-    """This rank's share of a global batch, in micro-batches; dealt like cards: ranks get like lengths."""
+def micro_batches(rows: list, rank: int, world: int, micro: int) -> list[list]:
+    """This rank's share of a global batch, in lists of `micro` rows. A rank takes every world-th row, not a
+    run of them: the rows come sorted by length, and all ranks should have as much to do."""
     mine = rows[rank::world]
     return [mine[at:at + micro] for at in range(0, len(mine), micro)]
 
-def pad(rows, left=False):
+def pad(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """ids and mask (B,T) of lists of ids of different lengths, padded on the right or left."""
     T = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
@@ -349,18 +529,25 @@ def pad(rows, left=False):
         ids[i, columns], mask[i, columns] = torch.tensor(row), True
     return ids, mask
 
-def collate_sft(rows):
-    """[(ids, n_prompt)] -> ids, mask, labels (B,T); labels are the ids of the response and EOS, -100 elsewhere."""
+def collate_sft(rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """[(ids, n_prompt)] -> ids, mask, labels (B,T); labels are the ids of the response and EOS, -100
+    elsewhere."""
     ids, mask = pad([row for row, _ in rows])
-    n_prompt = torch.tensor([n for _, n in rows])[:, None]
-    return ids, mask, ids.masked_fill(~mask | (torch.arange(ids.shape[1]) < n_prompt), -100)
+    n_prompt = torch.tensor([n for _, n in rows])[:, None]         # (B, 1)
+    labels = ids.masked_fill(~mask | (torch.arange(ids.shape[1]) < n_prompt), -100)
+    assert (labels[:, 0] == -100).all()      # column 0 is BOS: no column of the logits predicts it
+    return ids, mask, labels
 
-def collate_pairs(rows):
-    """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), chosen first; starts (B,), where they part."""
+def collate_pairs(rows: list[tuple[list[int], list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """[(chosen_ids, rejected_ids, n_prompt)] -> ids, mask (2B,T), the chosen answers first, and starts (B,):
+    the first column in which the two texts of a pair differ."""
     ids, mask = pad([chosen for chosen, _, _ in rows] + [rejected for _, rejected, _ in rows])
-    starts = [next(t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b) for chosen, rejected, _ in rows]
+    starts = [next(t for t, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+              for chosen, rejected, _ in rows]
     return ids, mask, torch.tensor(starts)
 
-def collate_prompts(rows):
+def collate_prompts(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """[ids] -> ids, mask (B,P), padded on the left, so that every response starts at column P."""
-    return pad(rows, left=True)
+    ids, mask = pad(rows, left=True)
+    assert mask[:, -1].all()                 # the last token of every prompt is at column P - 1
+    return ids, mask

@@ -1,38 +1,37 @@
-"""The LLaMA network from scratch: the model, its KV cache, decoding, and reading and writing Hugging Face folders.
+"""The LLaMA network from scratch: the model, its KV cache, decoding, and reading and writing Hugging Face
+folders.
 
 A decoder-only transformer (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288), layer by layer:
 1. embed the ids
 2. in each layer: RMSNorm, attention with rotary positions, add; RMSNorm, SwiGLU, add
 3. a last RMSNorm, then the head gives one logit per word of the vocabulary
 
-Shapes, in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head size,
-V vocabulary, N chosen places. `mask` (B,T) says which ids are real; padding is never told by an id's value.
+Shapes, in every file: B sequences, P prompt length, R response length, T = P + R, C width, H heads, D head
+size, V vocabulary, N chosen places. `mask` (B,T) says which ids are real; the value of an id never marks
+padding.
 
     model = Llama.from_pretrained("some/llama/folder")
     response_ids, response_mask = model.generate(ids, mask, max_new_tokens=100, temperature=0.7)
 """
-import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.errors import BadInput
 from runtime.folders import load_weights, read_json, save_weights
+from runtime.speed import faster_step
 
-# ------------------------------------------------------------------------------------------------ configuration
-# more than any LLaMA has, and little enough to look at
-MOST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
-        "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12}
-
+# ------------------------------------------------------------ configuration
 @dataclass
 class LlamaConfig:
-    """The keys of config.json that define the network, by Hugging Face's names; the defaults are LLaMA-7B's."""
+    """The keys of config.json that define the network, as Hugging Face names them. Defaults: LLaMA-7B."""
     vocab_size: int = 32000
     hidden_size: int = 4096                  # C
     intermediate_size: int = 11008
@@ -55,48 +54,80 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_pretrained(cls, path):
-        """Reads path/config.json of transformers 4 and 5; BadInput where a key asks for what is not done here."""
-        where = Path(path) / "config.json"
-        raw = read_json(where)
-        # transformers 5 puts all of rope under one key; a reader of the old keys alone would fall back to 10,000
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise BadInput(f"{where}: rope_scaling is {rope!r}, expected an object")
-        rope = {"rope_theta": raw.get("rope_theta") or cls.rope_theta, **rope}
-        rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
-        llama3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        scaling = {"default": [], "linear": ["factor"], "llama3": llama3}
-        allowed = {"model_type": ["llama"], "hidden_act": ["silu", None], "rope_type": list(scaling),
-                   "partial_rotary_factor": [1, None], "sliding_window": [None], "quantization_config": [None]}
-        for key, only in allowed.items():
-            if (value := (raw | rope).get(key)) not in only:
-                raise BadInput(f"{where}: {key} {value!r} is not supported (there is {', '.join(map(str, only))})")
-        values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if kind == "default" else rope}
-        types = {f.name: f.type for f in fields(cls)} | dict.fromkeys(scaling[kind], int | float)
-        for key in [*values, *scaling[kind]]:
-            value = (rope | values).get(key)
-            absurd = type(value) in (int, float) and not key.endswith("token_id") and not (
-                0 < value <= MOST.get(key, 1e12))
-            if absurd or not isinstance(value, types[key]) or type(value) is bool and types[key] is not bool:
-                raise BadInput(f"{where}: {key} is {value!r}")
-        config = cls(**values)
+    def from_pretrained(cls, path: str | Path) -> "LlamaConfig":
+        """Reads path/config.json of transformers 4 or 5. BadInput where it asks for what is not done here."""
+        file = Path(path) / "config.json"
+        raw = read_json(file)
+        rope = read_rope(file, raw)
+        for key, values in IMPLEMENTED.items():
+            value = rope.get(key, raw.get(key))
+            if value not in values:
+                implemented = ", ".join(map(str, values))
+                raise BadInput(f"{file}: {key} {value!r} is not supported (there is {implemented})")
+
+        given = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
+        given["rope_theta"] = rope.pop("rope_theta")
+        given["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        for field in fields(cls):
+            if field.name in given:
+                check_value(file, field.name, given[field.name], field.type)
+        for key in ROPE_NUMBERS[rope["rope_type"]]:
+            check_value(file, key, rope.get(key), int | float)
+
+        config = cls(**given)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise BadInput(f"{where}: num_attention_heads {config.num_attention_heads} must divide by "
+            raise BadInput(f"{file}: num_attention_heads {config.num_attention_heads} must divide by "
                 f"num_key_value_heads {config.num_key_value_heads}, and head_dim {config.head_dim} by 2")
         return config
 
-    def to_dict(self, architecture="LlamaForCausalLM", dtype=torch.float32):
+    def to_dict(self, architecture: str = "LlamaForCausalLM", dtype: torch.dtype = torch.float32) -> dict:
         """The dictionary for config.json, with the keys of transformers 4, which transformers 5 reads too."""
-        # transformers pools a score at the last id that is not pad, so pad is the unknown word and never EOS
+        # transformers takes the score at the last id that is not the pad id. With EOS as pad it would miss
+        # the end of every answer, so pad is the unknown word.
         labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **asdict(self),
-                "torch_dtype": str(dtype)[6:], **(labels if "Classification" in architecture else {})}
+                "torch_dtype": str(dtype).removeprefix("torch."),
+                **(labels if "Classification" in architecture else {})}
 
-# ------------------------------------------------------------------------------------------------ the network
+# The largest values that are accepted from a config.json. They are far above those of any LLaMA; without
+# them, a damaged or malicious file could make this program ask for more memory than the machine has.
+LARGEST = {"vocab_size": 2**24, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 2**10,
+           "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12}
+LARGEST_OTHER = 1e12                         # of all other numbers
+
+# The kinds of rotary positions, each with the numbers that it needs in rope_scaling.
+ROPE_NUMBERS = {"default": [], "linear": ["factor"],
+                "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                           "original_max_position_embeddings"]}
+
+# Keys that change the result, each with the values that are implemented here. None: the key is absent.
+IMPLEMENTED = {"model_type": ["llama"], "hidden_act": ["silu", None], "rope_type": list(ROPE_NUMBERS),
+               "partial_rotary_factor": [1, None], "sliding_window": [None], "quantization_config": [None]}
+
+def read_rope(file: Path, raw: dict) -> dict:
+    """The rotary part of a config.json as one dictionary: rope_type, rope_theta and the numbers of that type.
+    transformers 4 has rope_theta and rope_scaling; transformers 5 has all of it under rope_parameters."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f"{file}: rope_scaling is {rope!r}, expected an object")
+    rope = {"rope_theta": raw.get("rope_theta") or LlamaConfig.rope_theta, **rope}
+    if not rope.get("rope_type"):
+        rope["rope_type"] = rope.pop("type", "default")            # the older name of the key
+    return rope
+
+def check_value(file: Path, key: str, value: object, kind: type):
+    """BadInput where a value of config.json is not of its kind, or is a number outside (0, LARGEST]."""
+    is_bool = isinstance(value, bool)                              # Python counts True and False as ints
+    right_kind = isinstance(value, kind) and is_bool == (kind is bool)
+    is_size = isinstance(value, int | float) and not is_bool and not key.endswith("token_id")
+    if not right_kind or is_size and not 0 < value <= LARGEST.get(key, LARGEST_OTHER):
+        raise BadInput(f"{file}: {key} is {value!r}")
+
+# ------------------------------------------------------------ the network
 class Linear(nn.Linear):
-    """nn.Linear that starts at normal(0, 0.02), but not on meta: torch would import its compiler for it."""
+    """nn.Linear whose weight starts at normal(0, 0.02). On meta there are no numbers to draw, and PyTorch
+    would import its compiler for the call."""
+
     def reset_parameters(self):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=0.02)
@@ -104,46 +135,58 @@ class Linear(nn.Linear):
                 nn.init.zeros_(self.bias)
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the root mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight, with the root mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-def rope_frequencies(config, device):
-    """Angle per position of each of the D/2 pairs (Su et al. 2021, arXiv 2104.09864), scaled for long texts.
-    In float32, computed anew each time: a buffer would be rounded with the model to bfloat16."""
+def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """(D/2,): the angle in radians by which each pair of numbers turns from one position to the next (Su et
+    al. 2021, arXiv 2104.09864). It is computed anew each time, in float32: model.to(bfloat16) would round a
+    stored buffer."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    freqs = 1.0 / config.rope_theta ** exponents                                # (D/2,)
+    freqs = 1.0 / config.rope_theta ** exponents
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
     if scaling["rope_type"] == "linear":
         return freqs / scaling["factor"]
-    # llama3: long waves are slowed by the factor, short ones kept, those between blended
+    # llama3: a pair that makes many turns within the original context keeps its frequency. A pair that makes
+    # few turns gets its frequency divided by the factor. Between the two bounds, the frequency is a weighted
+    # mean of both.
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)          # the weight of the original frequency
+    return freqs * unscaled + freqs / scaling["factor"] * (1 - unscaled)
 
-def rotate(x, cos, sin):
-    """Rotary embedding of x (B,heads,T,D) by cos, sin (B,1,T,D/2); pairs are (i, i + D/2), as in HF's weights."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of numbers (i, i + D/2) of x (B,heads,T,D) by its angle, given as cos, sin (B,1,T,D/2).
+    The weights of Hugging Face folders are ordered for these pairs."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class KVCache:
-    """Keys and values of all layers for S columns, allocated once; the first `length` columns are filled. Where
-    `column` (1,), a tensor, is set, the newest id goes there and all of `length` is read: in a CUDA graph."""
-    def __init__(self, config, batch, columns, dtype, device):
+    """Keys and values of all layers, (layers,B,Hkv,S,D) each, allocated once. `length` columns are filled.
+
+    `column` is None in ordinary use: new keys are appended, and attention reads the filled columns. In a CUDA
+    graph (runtime/speed.py) no shape may change from step to step. There `column` (1,) is a tensor with the
+    column of the newest id, and attention always reads `length` columns; the mask hides the columns that are
+    not filled yet."""
+
+    def __init__(self, config: LlamaConfig, batch: int, columns: int, dtype: torch.dtype,
+                 device: str | torch.device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length, self.column = 0, None
 
-    def extend(self, layer, k, v):
-        """Writes k, v (B,Hkv,T,D) behind what is there and returns everything so far, as views."""
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the newest keys and values k, v (B,Hkv,T,D) of a layer, and returns those of the whole text
+        so far, (B,Hkv,S,D), as views."""
         if self.column is None:
             keys, values = (x[layer, :, :, :self.length + k.shape[2]] for x in (self.keys, self.values))
             keys[:, :, self.length:], values[:, :, self.length:] = k, v
@@ -153,9 +196,9 @@ class KVCache:
             values.index_copy_(2, self.column, v)
         return keys, values
 
-    def keep(self, rows):
-        """Only these rows (n,) go on."""
-        self.keys = self.keys[:, rows]       # one after the other: the old one is gone before the next is made
+    def keep(self, rows: Tensor):
+        """Keeps these rows (n,) of the batch and drops the others."""
+        self.keys = self.keys[:, rows]       # first the keys alone, so that the old ones are freed at once
         self.values = self.values[:, rows]
 
 class Attention(nn.Module):
@@ -200,10 +243,13 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
-    """ids, mask (B,T) -> hidden states (B,T,C); with a cache, ids are the newest T of the mask's S columns."""
-    def __init__(self, config):
+    """The network without its head: ids, mask (B,T) -> hidden states (B,T,C). With a cache, mask is (B,S) and
+    ids are the newest T of its S columns."""
+
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False            # True: recompute layers in the backward pass
+        self.config = config
+        self.checkpointing = False           # True: recompute each layer in the backward pass, to save memory
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         if not self.embed_tokens.weight.is_meta:
@@ -211,23 +257,24 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, mask, cache=None):
+    def forward(self, ids: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
         T, S, mask = ids.shape[1], mask.shape[1], mask.bool()
         x = self.embed_tokens(ids)                                                          # (B, T, C)
         columns = torch.arange(S, device=ids.device)
-        newest = columns[S - T:] if cache is None or cache.column is None else cache.column # (T,)
+        newest = columns[S - T:] if cache is None or cache.column is None else cache.column  # (T,)
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        # Each column sees the real columns up to itself. Padding on the left would see nothing, and a softmax
+        # over nothing is NaN. So every column also sees itself; real columns still see no padding.
         rows = newest[:, None]
-        # a padded row may see itself, or its softmax over nothing would be NaN; nobody ever sees it
         allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
-        # added to the attention's logits; as numbers, or each layer would turn the truth values into them anew
+        # Attention adds 0 or -inf to its logits. Every layer would convert bools to these numbers again.
         allowed = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -math.inf)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                # non-reentrant, so that gradients flow where the input needs none (only LoRA is trained)
+                # With LoRA, x needs no gradient at first, and reentrant checkpointing would give none at all.
                 x = checkpoint(layer, x, cos, sin, allowed, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, allowed, cache)
@@ -235,135 +282,104 @@ class Transformer(nn.Module):
             cache.length = S
         return self.norm(x)
 
-class CapturedStep:
-    """A decoding step, step(ids, mask, cache), as a CUDA graph: one call starts the thousand kernels that Python would
-    take longer to start than the GPU to run. Its shapes are fixed, so attention reads the columns of a whole number of
-    `block`s, those not yet filled masked; a wider graph is captured when they are full."""
-    def __init__(self, step, stream, block=256):
-        self.step, self.stream, self.block, self.cache = step, stream, block, None
-
-    def __call__(self, ids, mask, cache, length):
-        """The step of ids (B,1), the newest of `length` columns, of which mask (B,S) and cache have room for more."""
-        width = min(-(-length // self.block) * self.block, mask.shape[1])
-        if cache is not self.cache or width != cache.length or len(ids) != len(self.ids):
-            self.cache, self.ids, self.mask = cache, ids.clone(), mask[:, :width]
-            cache.column, cache.length = torch.full((1,), length - 1, device=ids.device), width
-            self.capture()
-        self.ids.copy_(ids)
-        self.cache.column.fill_(length - 1)
-        self.graph.replay()
-        return self.out
-
-    def run(self):
-        return self.step(self.ids, self.mask, self.cache)
-
-    def capture(self):
-        """By PyTorch's recipe: warmed up on another stream, where libraries allocate what they need. That is the model's
-        own: cuBLAS keeps a workspace per stream, which a graph of another model would take away."""
-        self.graph = None                    # the one before frees its memory first
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.run()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: nccl's watchdog may ask about its events meanwhile
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.out = self.run()
-
 class Llama(nn.Module):
-    """The language model: `model`, the transformer, and `lm_head`; the state-dict keys are Hugging Face's."""
-    def __init__(self, config):
+    """The language model: `model`, the transformer, and `lm_head`. The state-dict keys are Hugging Face's."""
+
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config, self.model = config, Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.stream = None                   # of its CUDA graphs
-        self.n_words = config.vocab_size     # ids from here on are never sampled: set it to the tokenizer's size
+        self.n_words = config.vocab_size     # set it to the tokenizer's size: larger ids are never sampled
+        self.stream = None                   # used by faster_step
         self.tie_weights()
 
     def tie_weights(self):
-        if self.config.tie_word_embeddings and self.lm_head is not None:     # none in a reward model that lora.py merges
+        """Lets a tied head share the embedding's weight. (lora.py merges reward models without lm_head.)"""
+        if self.config.tie_word_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids, mask, at=None):
-        """Logits (B,T,V) of the next id; with at (B,T) bool only those there, (N,V) row by row: the head is most
-        of the work of a small model, and training needs it at few places."""
+    def forward(self, ids: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """Logits (B,T,V) for ids, mask (B,T): column t predicts the id at t + 1. With `at` (B,T) bool: logits
+        (N,V) of the N columns where it is true, row by row. Training needs few columns, and the head is most
+        of a small model's work."""
         hidden = self.model(ids, mask)
         return self.lm_head(hidden if at is None else hidden[at])
 
-    def next_logits(self, ids, mask, cache, head=None):
-        """Float32 logits (B,V) of what follows ids (B,T), the newest of the mask's columns. head: lm_head's weight in
-        columns (C,V)."""
+    def next_logits(self, ids: Tensor, mask: Tensor, cache: KVCache, head=None) -> Tensor:
+        """Float32 logits (B,V) of the id that follows ids (B,T), the newest columns of mask (B,S). `head`, a
+        function, takes the place of lm_head where it is given."""
         hidden = self.model(ids, mask, cache)[:, -1]
-        logits = self.lm_head(hidden) if head is None else thin_product(hidden, head)
-        return logits[:, :self.n_words].float()
+        return (head or self.lm_head)(hidden)[:, :self.n_words].float()
 
-    @torch.inference_mode()                  # no_grad, less its bookkeeping: a tenth of a token's time at B = 1
-    def decode(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
-               uniforms=None, together=False):
-        """Yields the new ids (B,) of each step for left-padded prompts ids, mask (B,P), 0 after a row's eos_id.
-        Ends when all rows have. temperature 0 is greedy, top_k 0 and top_p 1 are off. uniforms (B,max_new_tokens)
-        in [0,1) are each row's random numbers, by default torch's. together: all ranks take as many steps as the
-        longest, since ZeRO-3's module calls wait for all."""
+    @torch.inference_mode()                  # a tenth faster than no_grad for one row
+    def decode(self, ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, eos_id: int | list[int] | None = None,
+               uniforms: Tensor | None = None, together: bool = False) -> Iterator[Tensor]:
+        """Yields the new ids (B,) of each step, for left-padded prompts ids, mask (B,P), until all rows end.
+
+        temperature: 0 takes the likeliest id. top_k 0 and top_p 1 restrict nothing. eos_id: the id, or ids,
+        that end a row, whose later ids are 0; with None no row ends. uniforms (B,max_new_tokens) in [0,1):
+        the random numbers of each row, by default from torch's generator. together: all ranks take as many
+        steps as the longest, because under ZeRO-3 every call of a module waits for all ranks."""
         B, P = ids.shape
         cache = KVCache(self.config, B, P + max_new_tokens, self.model.norm.weight.dtype, ids.device)
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
         if uniforms is None and temperature > 0:
             uniforms = torch.rand(B, max_new_tokens, device=ids.device)
-        captured = None
-        if ids.is_cuda and not together:
-            self.stream = self.stream or torch.cuda.Stream()
-            captured = CapturedStep(self.next_logits, self.stream)
-        # on a CPU the head, most of a small model, is read two to three times as fast from columns
-        in_columns = ids.device.type == "cpu" and type(self.lm_head) is Linear and not together
-        # a piece at a time, or the copy itself would take several times as long
-        head = torch.cat([part.t() for part in self.lm_head.weight.split(256)], dim=1) if in_columns else None
-        rows = torch.arange(B, device=ids.device)                                   # those that are still computed
-        alive = torch.ones_like(rows, dtype=torch.bool)
+        next_logits = self.next_logits if together else faster_step(self, ids.device)
+        rows = torch.arange(B, device=ids.device)                # the rows that are still computed
+        alive = torch.ones_like(rows, dtype=torch.bool)          # which of these rows have not ended
         for t in range(max_new_tokens):
-            if captured and t:
-                logits = captured(ids, mask, cache, P + t)
-            else:
-                logits = self.next_logits(ids, mask[:, :P + t], cache, head)        # the prompt once, then one id
-            new = alive * sample(logits, temperature, top_k, top_p, None if temperature == 0 else uniforms[rows, t])
+            logits = next_logits(ids, mask[:, :P + t], cache)    # of the prompt, then of one id a step
+            uniform = None if temperature == 0 else uniforms[rows, t]
+            new = alive * sample(logits, temperature, top_k, top_p, uniform)
             yield new.new_zeros(B).index_copy(0, rows, new)
-            alive = alive if eos_id is None else alive & (new != eos_id)
+            alive = alive & ~is_eos(new, eos_id)
             n_alive = int(alive.sum())
             if not any_alive(n_alive, together):
                 return
             ids = new[:, None]
-            if 2 * n_alive <= len(rows):     # half have ended: the others go on alone (under `together` one stays)
+            # Once half the rows have ended, drop the ended ones; under `together` one of them stays.
+            if 2 * n_alive <= len(rows):
                 keep = alive.nonzero().squeeze(1) if n_alive else torch.zeros_like(rows[:1])
                 rows, alive, ids, mask = (x[keep] for x in (rows, alive, ids, mask))
                 cache.keep(keep)
 
-    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None,
-                 uniforms=None, together=False):
-        """decode, collected: response_ids, response_mask (B,R); after a row's eos_id come id 0 and mask 0."""
-        steps = list(self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together))
-        response = torch.stack(steps, dim=1) if steps else ids[:, :0]               # (B, R)
-        ends = (response == (-1 if eos_id is None else eos_id)).long()
-        response_mask = ends.cumsum(1) - ends == 0                                  # no end before this column
-        longest = int(response_mask.any(0).sum())                                   # other ranks may have gone on
+    def generate(self, ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, eos_id: int | list[int] | None = None,
+                 uniforms: Tensor | None = None, together: bool = False,
+                 watch: Callable = iter) -> tuple[Tensor, Tensor]:
+        """Collects what decode yields: response_ids, response_mask (B,R). An EOS belongs to its answer; after
+        it come id 0 and mask 0. R is the length of the longest answer. watch goes round the steps."""
+        steps = self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together)
+        steps = list(watch(steps))
+        response = torch.stack(steps, dim=1) if steps else ids[:, :0]       # (B, R)
+        ends = is_eos(response, eos_id).long()
+        response_mask = ends.cumsum(1) - ends == 0                          # no EOS before this column
+        longest = int(response_mask.any(0).sum())    # other ranks may have taken more steps (together)
         return response[:, :longest], response_mask[:, :longest]
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Reads a full Hugging Face folder; BadInput where a file is missing, broken or does not fit."""
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu") -> "Llama":
+        """Reads a full Hugging Face folder. BadInput where a file is missing, broken or does not fit."""
         if not (Path(path) / "config.json").exists() and (Path(path) / "adapter_config.json").exists():
             raise BadInput(f"{path}: is an adapter, not a full model; read it with lora.load_model")
         config = LlamaConfig.from_pretrained(path)
-        with torch.device("meta"):           # no memory until the weights are there, and no time for random numbers
+        with torch.device("meta"):           # no memory, and no random numbers, before the weights are read
             model = cls(config)
         return load_weights(model, path, dtype, device)
 
-    def save_pretrained(self, path):
-        """Writes config.json and safetensors; transformers' AutoModelForCausalLM loads the folder."""
+    def save_pretrained(self, path: str | Path):
+        """Writes config.json and safetensors. transformers' AutoModelForCausalLM loads the folder."""
         save_weights(self, path, self.config.to_dict("LlamaForCausalLM", self.lm_head.weight.dtype))
 
-# ------------------------------------------------------------------------------------------------ sampling
-def sample(logits, temperature, top_k, top_p, uniforms):
-    """One id per row, (B,), from float32 logits (B,V): the first whose cumulative probability exceeds the row's
-    uniform. Exact, many times faster than torch.multinomial over 32,000 words, and no row depends on another."""
+# ------------------------------------------------------------ sampling
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniforms: Tensor | None) -> Tensor:
+    """One id per row, (B,), from float32 logits (B,V) and a random number per row, uniforms (B,) in [0,1):
+    the first id whose cumulative probability exceeds it. This is exact, takes a small part of
+    torch.multinomial's time for 32,000 words, and no row depends on another. With temperature 0 it is the
+    likeliest id, and uniforms may be None."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits if temperature == 1 else logits / temperature
@@ -376,33 +392,26 @@ def sample(logits, temperature, top_k, top_p, uniforms):
         outside[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
     cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
-    total = cumulative[:, -1:]               # 1 up to rounding; strictly below it no word of probability 0 is met
+    # Rounding makes the last sum a little more or less than 1, so the random number is scaled by this total.
+    # It must also stay below the total: only words of probability 0 could follow. nextafter is the next
+    # number below it.
+    total = cumulative[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)    # NaN
+    ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # NaN logits give the id V, which no embedding has. As a valid id they lead to a NaN loss, which stops the
+    # run.
+    return ids.clamp(max=logits.shape[-1] - 1)
 
-@functools.cache
-def onednn_is_float32():
-    """Whether PyTorch's "medium" precision, oneDNN on a CPU, keeps float32 here: one with matrix units for bfloat16
-    would use these. A product tells."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    a, b = torch.randn(2, 256, 512, generator=torch.Generator().manual_seed(0))
-    error = (F.linear(a, b) - F.linear(a.double(), b.double())).abs().max()
-    torch.set_float32_matmul_precision(before)
-    return bool(error < 1e-3)
+def is_eos(ids: Tensor, eos_id: int | list[int] | None) -> Tensor:
+    """Where ids, of any shape, are eos_id, or one of several; nowhere with None."""
+    eos_ids = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else eos_id
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for eos in eos_ids:
+        found = found | (ids == eos)
+    return found
 
-def thin_product(x, columns):
-    """x (n,C) of few rows times columns (C,V), by oneDNN: up to three times as fast as MKL. Only here, for what else a
-    network multiplies gains nothing, and PyTorch's fused attention is slower by oneDNN."""
-    before = torch.get_float32_matmul_precision()
-    if x.dtype == torch.float32 and onednn_is_float32():
-        torch.set_float32_matmul_precision("medium")
-    y = x @ columns
-    torch.set_float32_matmul_precision(before)
-    return y
-
-def any_alive(n_alive, together):
-    """Whether a row is still going on, on this rank or (together) on any."""
+def any_alive(n_alive: int, together: bool) -> bool:
+    """Whether any row goes on: on this rank, or with `together` on any rank."""
     if together and dist.is_initialized():
         flag = torch.tensor(n_alive, device="cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(flag, dist.ReduceOp.MAX)

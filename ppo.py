@@ -1,489 +1,707 @@
-"""Step 3: reinforcement learning from human feedback, with PPO (arXiv 1707.06347; InstructGPT: 2203.02155). The
-actor answers, the reference is the actor before training, the reward model scores, the critic predicts the score:
+"""Step 3: reinforcement learning from human feedback, with PPO (arXiv 1707.06347; InstructGPT: 2203.02155).
 
-1. rollout    the actor samples an answer to each prompt of a global batch
-2. score      the reward model scores the answers; the score is normalised
-3. rewards    minus beta times the log-ratio to the reference at each token, plus the score at the last one
-4. advantages by GAE (arXiv 1506.02438), whitened over the batch
-5. update     some passes over mini-batches: clipped policy loss for the actor, clipped value loss for the critic
-6. log, now and then answer held-out prompts; at the end save
+The actor answers. The reference is the actor before PPO, frozen. The reward model scores whole answers. The
+critic predicts, before each token, the reward that is still to come.
 
-Chosen here: one temperature for sampling and all log-probabilities; EOS ends an answer; value 0 after the last
-token; token means over the whole mini-batch. Left out: reward models on another tokenizer, asynchronous rollouts.
+1. rollout      the actor samples an answer to each prompt of a global batch
+2. score        the reward model scores each answer; scores are normalised
+3. rewards      at each token -beta times the KL estimate to the reference; at the last token also the score
+4. advantages   by GAE (arXiv 1506.02438), whitened over the batch
+5. update       passes over mini-batches: clipped policy loss for the actor, clipped value loss for the critic
+6. log          now and then answer held-out prompts; at the end save
+
+Chosen: one temperature for sampling and for all log-probabilities; an answer ends with EOS; every loss is a
+mean over the tokens of the whole mini-batch. Left out: another tokenizer for the reward model, asynchronous
+rollouts.
 
     deepspeed ppo.py --actor runs/sft --reward runs/rm --data prompts.jsonl --out runs/ppo
     deepspeed ppo.py                                                          # the toy: flags of toy/ppo.args
 """
-import argparse
-import importlib.util
 import json
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from data import (collate_prompts, collate_sft, deal, encode_prompt, encode_sft, load_records, load_rows, open_tokenizer,
-                  stream)
-from llama import BadInput, Llama
-from lora import adapter_parameters, add_lora, load_adapter, resolve, save, use_adapter
+from data import (
+    Tokenizer,
+    collate_prompts,
+    encode_prompt,
+    encode_sft,
+    load_records,
+    load_rows,
+    micro_batches,
+    open_tokenizer,
+    stream,
+)
+from llama import Llama, LlamaConfig
+from lora import add_lora, add_lora_flags, load_adapter, resolve, save_model, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
-from runtime.checkpoint import RunState
-from runtime.engine import descend, engine_metrics, gathered, make_engine
-from runtime.flags import accumulate, add_engine_flags, number, parse, positive
-from runtime.folders import check_folders, find_tensors, read_json, writing
+from runtime.checkpoint import Run, stoppable
+from runtime.engine import backward_and_step, engine_metrics, gathered, make_engine, save_whole
+from runtime.errors import BadInput
+from runtime.flags import Flags, accumulation_steps, add_trainer_flags, load_function, number, positive
+from runtime.folders import check_out, find_tensors, read_json, writing
 from runtime.log import Log
 from runtime.ranks import fail_together, gather, run, say, setup, sum_over_ranks
-from sft import n_labels, response_logits, sft_loss
+from sft import n_labels, rows_loss
 
 def get_args():
-    parser = argparse.ArgumentParser(description="Step 3 of RLHF: PPO against the reward model.")
-    add = parser.add_argument_group("models").add_argument
-    add("--actor", help="folder of sft.py, full or adapter, or any LLaMA's; the reference is this model as it is")
+    flags = Flags("Step 3 of RLHF: PPO against the reward model.")
+    add = flags.group("models")
+    add("--actor", help="folder of sft.py, full or adapter, or any LLaMA's; the reference is this model too")
     add("--reward", help="folder of reward.py, full or adapter; the critic starts from it")
-    add("--base", help="base model of an actor that is an adapter, where it is not where its config says")
+    add("--base", help="base model of an actor that is an adapter, if not at the path in its config")
     add("--reward-base", help="the same for the reward model")
-    add("--lora-rank", type=number(0, kind=int), default=0, help="rank of new adapters; 0 trains all weights")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", help="files of prompts, or any others, of which the prompts are taken (README, data)")
+    add = flags.group("data")
+    add("--data", nargs="+", help="files of prompts, or any others, whose prompts are taken (docs/data.md)")
     add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
-    add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns go first")
+    add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns are dropped")
     add("--max-new", type=positive, default=256, help="tokens of an answer")
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers only")
-    add = parser.add_argument_group("rollout and reward").add_argument
+    add = flags.group("rollout and reward")
     add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
     add("--temperature", type=number(0.001), default=1.0, help="of sampling and of all log-probabilities")
-    add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of log-ratio to the reference costs")
-    add("--kl-target", type=number(0), help="nats per answer that beta is steered towards (arXiv 1909.08593)")
-    add("--kl-gain", type=number(0), default=0.1, help="how fast: beta changes by at most 0.2 times this per step")
+    add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of KL to the reference costs")
+    add("--kl-target", type=number(0.001),
+        help="nats per answer that beta is steered towards (arXiv 1909.08593)")
+    add("--kl-gain", type=number(0), default=0.1, needs="--kl-target",
+        help="how fast: a step changes beta by at most 0.2 x this x beta")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
-        help="mean and deviation of scores: reward_stats.json's, or of the reference's answers before step 1")
-    add("--norm-prompts", type=positive, default=256, help="prompts that --reward-norm rollout answers")
-    add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to plus or minus this")
-    add("--missing-eos-penalty", type=number(0), default=0.0, help="taken off the score of an answer without EOS")
-    add = parser.add_argument_group("PPO").add_argument
+        help="mean and std of scores: of reward_stats.json, or of the reference's answers before step 1")
+    add("--norm-prompts", type=positive, default=256, needs="--reward-norm rollout",
+        help="prompts that --reward-norm rollout answers")
+    add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to +- this")
+    add("--missing-eos-penalty", type=number(0), default=0.0,
+        help="subtracted, after the clamp, from the score of an answer without EOS")
+    add = flags.group("PPO")
     add("--gamma", type=number(0, 1), default=1.0, help="discount per token")
     add("--lam", type=number(0, 1), default=0.95, help="lambda of GAE")
-    add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 plus or minus this")
-    add("--value-clip", type=number(0), default=0.2, help="a new value counts only within this of the rollout's value")
+    add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 +- this")
+    add("--value-clip", type=number(0), default=0.2, help="a value counts within this of the rollout's")
     add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
     add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")
     add("--ptx-data", nargs="+", help="files of text or answers for a pre-training loss beside the policy's")
-    add("--ptx-coef", type=number(0), default=27.8, help="weight of the pre-training loss")
+    add("--ptx-coef", type=number(0), default=27.8, needs="--ptx-data", help="weight of that loss")
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
-    add("--ema", type=number(0, 1), nargs="?", const=0.992, help="keep a moving average of the actor, in OUT/ema")
-    add = parser.add_argument_group("training").add_argument
+    add("--ema", type=number(0, 1), nargs="?", const=0.992,
+        help="keep a moving average of the actor, in OUT/ema")
+    add = flags.group("training")
     add("--epochs", type=positive, default=1, help="passes over the prompts")
     add("--steps", type=positive, help="rollouts, instead of --epochs")
     add("--actor-lr", type=number(0), default=9.65e-6, help="highest learning rate of the actor")
     add("--critic-lr", type=number(0), default=5e-6, help="highest learning rate of the critic")
     add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
-    add_engine_flags(parser)
-    return parse(parser, "actor", "reward", "data", "out")
+    add_lora_flags(flags)
+    add_trainer_flags(flags)
+    return flags.parse("actor", "reward", "data", "out")
 
-CURVES = {"score (standard deviations)": ["score", "eval_score"], "gold (true worth of held-out answers)": ["gold"],
+CURVES = {"score (standard deviations)": ["score", "eval_score"],
+          "gold (true reward of held-out answers)": ["gold"],
           "KL to the reference (nats per answer)": ["kl", "eval_kl"],
           "length (tokens per answer)": ["length", "eval_length"],
-          "answers that end (share)": ["eos_share", "eval_eos_share"], "entropy (nats per token)": ["entropy"]}
+          "answers that end (share)": ["eos_share", "eval_eos_share"],
+          "entropy (nats per token)": ["entropy"]}
 
-# ------------------------------------------------------------------------------------------------ the mathematics
-def at_temperature(logits, temperature):
-    """Float32 logits divided by the temperature; at 1 without a pass over them."""
+# ------------------------------------------------------------ the mathematics
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """The logits in float32, divided by the temperature."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
-def token_logps(logits, ids, temperature):
-    """log p of each id (...) under logits (...,V) at the sampling temperature, in float32. The cross-entropy is one
-    pass forwards and one backwards; gather and logsumexp would take three times as long."""
+def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """log p of each id (...) under logits (...,V) at the sampling temperature, in float32."""
     logits = at_temperature(logits, temperature).flatten(0, -2)
+    # cross-entropy takes one pass over the logits; gather and logsumexp would take three
     return -F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
 
-def shape_rewards(score, logp, ref_logp, mask, kl_coef, clip, penalty=0.0):
-    """Rewards (B,R): -kl_coef (logp - ref_logp) at every token; at the last one also the clamped score (B,) less
-    penalty. The score judges the whole answer, so it comes where the answer is whole: at EOS, or where it was cut.
-    logp - ref_logp estimates the KL divergence (k1); for k2 or k3 change it here and in the two lines `kl = ...`."""
-    rewards = -kl_coef * (logp - ref_logp) * mask
-    last = torch.zeros_like(rewards).scatter(1, (mask.long().sum(1, keepdim=True) - 1).clamp(min=0), 1.0) * mask
-    return rewards + last * (score.clamp(-clip, clip) - penalty)[:, None]
+def kl_per_token(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """The estimate (B,R) of KL(actor || reference) at each sampled token, 0 outside the mask: the log-ratio,
+    called k1 (http://joschu.net/blog/kl-approx.html). Another estimator goes here: rewards and logs all call
+    this function."""
+    return (logp - ref_logp) * mask
 
-def gae(rewards, values, mask, gamma, lam):
-    """Advantages and returns (B,R): delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, and A
-    + V. values[:, t] is that of the state before token t; after the last token it is 0: nothing comes any more."""
+def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float, clip: float,
+                  penalty: float | Tensor = 0.0) -> Tensor:
+    """Rewards (B,R): the KL penalty at every token; at the last one also the clamped score (B,) less penalty,
+    a number or (B,). The score judges the whole answer, so it comes where the answer is whole: at EOS, or
+    where it was cut."""
+    rewards = -kl_coef * kl_per_token(logp, ref_logp, mask)
+    rows, last = torch.arange(len(mask), device=mask.device), mask.long().sum(1) - 1
+    rewards[rows, last] += score.clamp(-clip, clip) - penalty
+    return rewards * mask                    # an answer without tokens has no last one, and gets nothing
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: advantages A and returns A + V, both (B,R), 0 outside the mask.
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lam A_{t+1}
+    values[:, t] is the value of the state before token t. After the last token the value is 0, also where an
+    answer was cut: no reward comes any more."""
     rewards, values = rewards * mask, values * mask
-    deltas = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
-    advantages, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    next_values = F.pad(values, (0, 1))[:, 1:]
+    deltas = rewards + gamma * next_values - values
+    adv, next_adv = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        advantages[:, t] = after = (deltas[:, t] + gamma * lam * after) * mask[:, t]
-    return advantages, advantages + values
+        adv[:, t] = next_adv = (deltas[:, t] + gamma * lam * next_adv) * mask[:, t]
+    return adv, adv + values
 
-def whiten(x, mask):
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / standard deviation over the mask, 0 outside it."""
     n = mask.sum().clamp(min=1)
     x = (x - (x * mask).sum() / n) * mask
     return x * torch.rsqrt((x**2).sum() / n + 1e-8)
 
-def policy_loss(new_logp, old_logp, adv, mask, clip, total=None):
-    """PPO's clipped loss (equation 7), the sum over the tokens divided by total (by default their number)."""
-    ratio = ((new_logp - old_logp) * mask).exp()
+def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+               lam: float) -> tuple[Tensor, Tensor]:
+    """What the policy is trained on, and what the critic is trained on: whitened advantages and returns, both
+    (B,R). Another baseline than the critic goes here."""
+    adv, returns = gae(rewards, values, mask, gamma, lam)
+    return whiten(adv, mask), returns
+
+def policy_loss(new_logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float,
+                total: float | Tensor | None = None) -> Tensor:
+    """PPO's clipped loss (equation 7): the sum over the tokens (B,R) divided by total, by default their
+    number."""
+    ratio = ((new_logp - old_logp) * mask).exp()         # masked first: exp(0) in the padding, never inf * 0
     losses = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
 
-def value_loss(new, old, returns, mask, clip, total=None):
-    """Half the larger squared error of new values, as they are and clipped to within clip of the old ones."""
+def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float,
+               total: float | Tensor | None = None) -> Tensor:
+    """Half the larger of two squared errors (B,R): of the new values, and of them clipped to within clip of
+    the old ones; the sum over the tokens divided by total, by default their number."""
     clipped = old + (new - old).clamp(-clip, clip)
     losses = 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
 
-def policy_measures(new_logp, logits, old_logp, mask, clip, temperature, total):
-    """Sums over the tokens divided by total: probability ratio, share beyond the clip, KL divergence of the new
-    policy from the old (k3), entropy in nats; of new_logp, old_logp, mask (B,R) and logits (N,V)."""
+# ------------------------------------------------------------ what is measured
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """The entropy in nats, summed over the rows of logits (N,V)."""
+    # 64 rows at a time: a copy of all the logits would be the step's peak of memory
+    logps = (at_temperature(rows, temperature).log_softmax(-1) for rows in logits.detach().split(64))
+    return sum(-(logp.exp() * logp).sum() for logp in logps)
+
+def policy_measures(new_logp: Tensor, old_logp: Tensor, mask: Tensor, clip: float,
+                    total: float | Tensor) -> dict[str, Tensor]:
+    """How far the update has moved the policy; sums over the tokens (B,R) divided by total. approx_kl is
+    Schulman's k3 estimate of KL(old || new)."""
     log_ratio = (new_logp.detach() - old_logp) * mask
     ratio = log_ratio.exp()
-    # 64 places at a time: a copy of all the logits would be the step's peak of memory
-    logps = (at_temperature(some, temperature).log_softmax(-1) for some in logits.detach().split(64))     # each (64,V)
-    entropy = sum(-(logp.exp() * logp).sum() for logp in logps)
-    sums = (ratio * mask, ((ratio - 1).abs() > clip) * mask, ratio - 1 - log_ratio, entropy)
-    return [x.sum() / total for x in sums]
+    return {"ratio": (ratio * mask).sum() / total,
+            "clip_frac": (((ratio - 1).abs() > clip) * mask).sum() / total,
+            "approx_kl": (ratio - 1 - log_ratio).sum() / total}
 
-def explained_variance(values, returns, mask):
-    """Share of the returns' variance that the values foresaw: 1 is all, 0 as good as their mean."""
-    x, y = (returns - values)[mask].double(), returns[mask].double()
-    return float(1 - x.var(correction=0) / y.var(correction=0).clamp(min=1e-8))
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """The share of the returns' variance that the values predict: 1 is all, 0 is no better than a
+    constant."""
+    errors, targets = (returns - values)[mask].double(), returns[mask].double()
+    return float(1 - errors.var(correction=0) / targets.var(correction=0).clamp(min=1e-8))
 
-# ------------------------------------------------------------------------------------------------ the four roles
-def build_roles(args, dtype, device):
-    """{role: (model, name of its adapter or None)}; `use_adapter(*roles["actor"])` makes a network play the actor.
-    With LoRA the reference is the same network with another adapter or none, and costs no memory; and where the
-    reward model is an adapter on the actor's base, one base carries all four roles."""
+class Measures:
+    """Named numbers of each micro-batch. Each is a sum over tokens divided by `total`, as the losses are, so
+    its mean over micro-batches and ranks is the mean over the tokens of whole mini-batches."""
+    def __init__(self):
+        self.numbers = defaultdict(list)
+
+    def add(self, **numbers: Tensor):
+        for name, x in numbers.items():
+            self.numbers[name].append(x.detach())
+
+    def means(self) -> dict[str, float]:
+        sums = sum_over_ranks(*(float(torch.stack(x).mean()) for x in self.numbers.values()))
+        return {name: x / dist.get_world_size() for name, x in zip(self.numbers, sums, strict=True)}
+
+# ------------------------------------------------------------ the four roles
+@dataclass
+class Role:
+    """A network and the adapter that makes it play this role; None is the network without an adapter."""
+    model: Llama | RewardModel
+    adapter: str | None = None
+
+    def activate(self) -> Llama | RewardModel:
+        """Switches the network to this role. Other roles may share it, so never between a forward and its
+        backward."""
+        use_adapter(self.model, self.adapter)
+        return self.model
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """What training this role changes: its adapter (and score head), or all weights."""
+        return {name: p for name, p in self.model.named_parameters()
+                if self.adapter is None or name == "score.weight"
+                or ".lora_" in name and name.endswith(f".{self.adapter}.weight")}
+
+def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
+    """The four roles, on as few networks as possible. The left half is for --actor's folder, the right half
+    for --reward's:
+
+    folder           actor is trained on        reference          critic is trained on       reward model
+    adapter          a copy of the adapter      the adapter        a copy of the adapter      the adapter
+    full, LoRA       a new adapter              no adapter         a new adapter              no adapter
+    full, no LoRA    all weights                a second network   all weights                a second network
+
+    A reward adapter on the base of an actor that has an adapter shares that network. The critic starts from
+    the raw scores, and needs some steps to find the normalised ones."""
     full, adapter = resolve(args.actor, args.base)
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
-    if adapter and args.lora_rank:
-        raise BadInput(f"--lora-rank: {args.actor} is an adapter already, a copy is trained; leave the flag out")
+    lora = args.lora_rank, args.lora_alpha, args.lora_targets
 
-    if not reward_adapter and "score.weight" not in find_tensors(reward_full):
-        raise BadInput(f"--reward {args.reward}: is a language model, its scores would be noise; reward.py makes one")
-
-    # the actor, and the reference: what the actor is now
     actor = Llama.from_pretrained(full, dtype, device)
-    if adapter:                              # a copy of the adapter is trained, the original is the reference
+    if adapter:
         load_adapter(actor, adapter, "ref")
         load_adapter(actor, adapter, "actor")
-        roles = {"actor": (actor, "actor"), "ref": (actor, "ref")}
-    elif args.lora_rank:                     # a new adapter is trained, the base alone is the reference
-        add_lora(actor, args.lora_rank, args.lora_alpha, args.lora_targets, name="actor")
-        roles = {"actor": (actor, "actor"), "ref": (actor, None)}
-    else:                                    # all weights are trained: the reference is a second network
-        roles = {"actor": (actor, None), "ref": (Llama.from_pretrained(full, dtype, device), None)}
-
-    # the critic, and the reward model that it starts from; each has a score head of its own
-    share = actor.model if reward_adapter and roles["actor"][1] and reward_full == full else None
-    critic = load_reward_model(args.reward, dtype, device, args.reward_base, "critic", share)
-    if reward_adapter:
-        reward = RewardModel(critic.config, critic.model)
-        load_adapter(reward, reward_adapter, "reward")
-        roles |= {"critic": (critic, "critic"), "reward": (reward, "reward")}
+        roles = {"actor": Role(actor, "actor"), "ref": Role(actor, "ref")}
     elif args.lora_rank:
-        add_lora(critic, args.lora_rank, args.lora_alpha, args.lora_targets, name="critic")
-        reward = RewardModel(critic.config, critic.model)
-        reward.score.load_state_dict(critic.score.state_dict())
-        roles |= {"critic": (critic, "critic"), "reward": (reward, None)}
+        add_lora(actor, *lora, name="actor")
+        roles = {"actor": Role(actor, "actor"), "ref": Role(actor)}
     else:
-        roles |= {"critic": (critic, None), "reward": (load_reward_model(args.reward, dtype, device), None)}
+        roles = {"actor": Role(actor), "ref": Role(Llama.from_pretrained(full, dtype, device))}
 
-    n = len({id(model.model) for model, _ in roles.values()})
-    played = (f"{role} = {f'adapter {name}' if name else 'all weights'}" for role, (_, name) in roles.items())
-    say(f"four roles on {n} network{'s' * (n > 1)} in memory: " + ", ".join(played))
+    shared = actor.model if roles["actor"].adapter and reward_adapter and reward_full == full else None
+    reward = load_reward_model(args.reward, dtype, device, args.reward_base, "reward", shared)
+    if reward_adapter:
+        critic = RewardModel(reward.config, reward.model)          # one transformer, two score heads
+        load_adapter(critic, reward_adapter, "critic")
+        roles |= {"critic": Role(critic, "critic"), "reward": Role(reward, "reward")}
+    elif args.lora_rank:
+        critic = RewardModel(reward.config, reward.model)
+        critic.score.load_state_dict(reward.score.state_dict())
+        add_lora(critic, *lora, name="critic")
+        roles |= {"critic": Role(critic, "critic"), "reward": Role(reward)}
+    else:
+        roles |= {"critic": Role(load_reward_model(args.reward, dtype, device)), "reward": Role(reward)}
+
+    n = len({id(role.model.model) for role in roles.values()})
+    played = [f"{name} = {f'adapter {role.adapter}' if role.adapter else 'no adapter'}"
+              for name, role in roles.items()]
+    say(f"four roles on {n} network{'s' * (n > 1)} in memory: {', '.join(played)}")
     return roles
 
-def trained_parameters(roles):
-    """What is trained, {"actor": parameters, "critic": parameters (with its score head)}; freezes the rest."""
-    trained = {role: adapter_parameters(model, name) if name else list(model.parameters())
-               for role, (model, name) in roles.items() if role in ("actor", "critic")}
-    if roles["critic"][1]:
-        trained["critic"].append(roles["critic"][0].score.weight)
-    kept = {id(p) for parameters in trained.values() for p in parameters}
-    for model, _ in roles.values():
-        for p in model.parameters():
+def trained_weights(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter]]:
+    """{role: {name: weight}} of actor and critic; freezes everything else, and switches dropout off
+    everywhere: with dropout the first ratio would not be 1."""
+    trained = {name: roles[name].weights() for name in ("actor", "critic")}
+    kept = {id(p) for weights in trained.values() for p in weights.values()}
+    for role in roles.values():
+        role.model.eval()
+        for p in role.model.parameters():
             p.requires_grad_(id(p) in kept)
-        model.eval()                         # no dropout anywhere in PPO: the first ratio must be 1
     return trained
 
-# ------------------------------------------------------------------------------------------------ the rollout
-def response_logps(model, ids, mask, response_mask, temperature, n_words):
-    """log p (B,R) of the responses, the last R columns of ids (B,T), and the logits (N,n_words) they come from."""
-    P = ids.shape[1] - response_mask.shape[1]
-    logits = model(ids, mask, F.pad(response_mask, (P - 1, 1)))[:, :n_words]            # column t predicts t + 1
-    logps = token_logps(logits, ids[:, P:][response_mask], temperature)                 # (N,)
-    return torch.zeros(response_mask.shape, device=ids.device).masked_scatter(response_mask, logps), logits
+# ------------------------------------------------------------ 1. rollout, 2. score
+@dataclass
+class Rollout:
+    """A batch of prompts and answers. Prompts are padded on the left, so every response starts at column
+    `start` (P)."""
+    ids: Tensor                              # (B,T), T = P + R
+    mask: Tensor                             # (B,T)
+    response_mask: Tensor                    # (B,R)
+    start: int
+    ended: Tensor                            # (B,) whether the answer has an EOS
+    raw_score: Tensor                        # (B,) as it comes from the reward model
+    old_logp: Tensor                         # (B,R), like the rest: of the actor that sampled the answers
+    ref_logp: Tensor                         # of the reference
+    values: Tensor                           # of the critic, before each token of the response
+    adv: Tensor | None = None                # advantages
+    returns: Tensor | None = None
+
+    def select(self, rows: list[int] | Tensor) -> "Rollout":
+        """These rows, without the columns that are padding in all of them."""
+        first = int(self.mask[rows].any(0).int().argmax())         # the first column with a token
+        longest = int(self.response_mask[rows].sum(1).max())
+        text, response = slice(first, self.start + longest), slice(longest)
+        part = Rollout(self.ids[rows, text], self.mask[rows, text], self.response_mask[rows, response],
+                       self.start - first, self.ended[rows], self.raw_score[rows],
+                       self.old_logp[rows, response], self.ref_logp[rows, response],
+                       self.values[rows, response])
+        if self.adv is not None:
+            part.adv, part.returns = self.adv[rows, response], self.returns[rows, response]
+        return part
+
+    def of_all_ranks(self, n: int) -> "Rollout":
+        """All ranks' rows, in the order of the ranks, cut to the first n."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: gather(x)[:n] for name, x in tensors.items()})
+
+def answer_logps(model, mb: Rollout, temperature: float, n_words: int) -> tuple[Tensor, Tensor]:
+    """log p (B,R) of the responses, 0 outside the mask, and the logits (N,n_words) of the N response tokens.
+    model: the language model, or the DeepSpeed engine around it. Ids from n_words on are never sampled."""
+    predicts = F.pad(mb.response_mask, (mb.start - 1, 1))          # (B,T): column t predicts token t + 1
+    logits = model(mb.ids, mb.mask, at=predicts)[:, :n_words]      # (N,n_words), row by row
+    logps = token_logps(logits, mb.ids[:, mb.start:][mb.response_mask], temperature)    # (N,), as the logits
+    return torch.zeros_like(mb.old_logp).masked_scatter(mb.response_mask, logps), logits
+
+def response_values(model, mb: Rollout) -> Tensor:
+    """The critic's values (B,R): column j is the value before response token j, which the critic gives at the
+    token before, column start - 1 + j of the text. model: the critic, or the DeepSpeed engine around it."""
+    return model(mb.ids, mb.mask)[:, mb.start - 1:-1]
+
+def score_answers(roles: dict[str, Role], mb: Rollout, tokenizer: Tokenizer) -> Tensor:
+    """The raw score (B,) of each answer, from the reward model. A rule in its place goes here; the text of
+    answer i is tokenizer.decode(mb.ids[i, mb.start:][mb.response_mask[i]].tolist())."""
+    return last_scores(roles["reward"].activate()(mb.ids, mb.mask), mb.mask)
+
+def normalise(score: Tensor, stats: dict[str, float]) -> Tensor:
+    """Raw scores in standard deviations from the mean of the reward model's scores (--reward-norm)."""
+    return (score - stats["mean"]) / stats["std"]
 
 @torch.no_grad()
-def rollout(roles, prompts, uniforms, args, tokenizer):
-    """Samples an answer to each prompt (a list of ids) and lets every role see it; uniforms (n, max_new) are each
-    row's random numbers, so an answer depends on no other row nor on the number of ranks. Each rank does a share,
-    all get the whole: ids, mask (n,T), response_mask, old_logp, ref_logp, values (n,R), score, ended (n,)."""
-    world = dist.get_world_size()
-    filler = -len(prompts) % world                                 # equal shares: ranks wait for each other
-    ids, mask = collate_prompts(prompts + prompts[:1] * filler)    # one P for all ranks
-    uniforms = torch.cat([uniforms, uniforms[:1].expand(filler, -1)])
+def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, args: Namespace,
+            tokenizer: Tokenizer, watch: Callable = iter) -> Rollout:
+    """Samples an answer to each prompt (ids with BOS), and computes log-probabilities, values and scores.
+    Each rank does a share of the rows, all ranks get the whole. uniforms (n,max_new) are the random numbers
+    of each row, so an answer depends neither on the other rows nor on the number of ranks, up to rounding.
+    watch wraps the loops over tokens and micro-batches, so that a signal can stop them; iter does nothing."""
+    ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].model.lm_head.weight.device)
+    response, response_mask = roles["actor"].activate().generate(
+        ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_id, uniforms=uniforms,
+        together=args.zero_stage == 3, watch=watch)
+    response, response_mask = pad_to_longest(response), pad_to_longest(response_mask)   # (B,R) on all ranks
+    per_token = torch.zeros(3, *response.shape, device=ids.device)
+    mine = Rollout(torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), response_mask,
+                   start=ids.shape[1], ended=((response == tokenizer.eos_id) & response_mask).any(1),
+                   raw_score=torch.zeros(len(ids), device=ids.device), old_logp=per_token[0],
+                   ref_logp=per_token[1], values=per_token[2])
+    for rows in watch(mine.mask.sum(1).argsort().split(args.micro_batch)):     # like lengths: little padding
+        mb = mine.select(rows)
+        columns = slice(mb.response_mask.shape[1])
+        for name, logp in (("actor", mine.old_logp), ("ref", mine.ref_logp)):
+            model = roles[name].activate()
+            logp[rows, columns] = answer_logps(model, mb, args.temperature, tokenizer.vocab_size)[0]
+        values = response_values(roles["critic"].activate(), mb)
+        mine.values[rows, columns] = values * mb.response_mask
+        mine.raw_score[rows] = score_answers(roles, mb, tokenizer)
+    return mine.of_all_ranks(len(prompts))
+
+def my_share(prompts: list[list[int]], uniforms: Tensor,
+             device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's rows of ids, mask (B,P) and uniforms (B,max_new). All ranks get equally many, because they
+    wait for each other: copies of the first prompt fill up the last rank, and their answers are dropped."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    fillers = -len(prompts) % world
+    ids, mask = collate_prompts(prompts + prompts[:1] * fillers)   # padded together, so P is one on all ranks
+    uniforms = torch.cat([uniforms, uniforms[:1].expand(fillers, -1)])
     share = len(ids) // world
-    mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    actor, P, eos_id = roles["actor"][0], ids.shape[1], tokenizer.eos_id
-    ids, mask, uniforms = (x[mine].to(actor.lm_head.weight.device) for x in (ids, mask, uniforms))
+    return tuple(x[rank * share:(rank + 1) * share].to(device) for x in (ids, mask, uniforms))
 
-    use_adapter(*roles["actor"])
-    response, response_mask = actor.generate(ids, mask, args.max_new, args.temperature, eos_id=eos_id,
-                                             uniforms=uniforms, together=args.zero_stage == 3)
-    longest = torch.tensor(response.shape[1], device=ids.device)
+def pad_to_longest(x: Tensor) -> Tensor:
+    """Pads x (B,n) with zeros on the right, to the largest n of any rank."""
+    longest = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    grow = (0, int(longest) - response.shape[1])
-    response, response_mask = F.pad(response, grow), F.pad(response_mask, grow)         # (B, R), R of all ranks
-    ids, mask = torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1)      # (B, T)
+    return F.pad(x, (0, int(longest) - x.shape[1]))
 
-    batch = {"ids": ids, "mask": mask, "response_mask": response_mask}
-    batch |= {key: torch.zeros(response_mask.shape, device=ids.device) for key in ("old_logp", "ref_logp", "values")}
-    batch["score"] = torch.zeros(share, device=ids.device)
-    for rows in mask.sum(1).argsort().split(args.micro_batch):     # texts of like length, so that little is padding
-        mb, start = trim(batch, rows)
-        x, mb_mask = (mb["ids"], mb["mask"]), mb["response_mask"]
-        R = mb_mask.shape[1]
-        for key, role in (("old_logp", "actor"), ("ref_logp", "ref")):
-            use_adapter(*roles[role])
-            batch[key][rows, :R] = response_logps(roles[role][0], *x, mb_mask, args.temperature, tokenizer.vocab_size)[0]
-        use_adapter(*roles["critic"])
-        batch["values"][rows, :R] = roles["critic"][0](*x)[:, start - 1:-1] * mb_mask
-        use_adapter(*roles["reward"])
-        batch["score"][rows] = last_scores(roles["reward"][0](*x), x[1])
-    batch = {k: gather(v)[:len(prompts)] for k, v in batch.items()}
-    batch["ended"] = ((batch["ids"][:, P:] == eos_id) & batch["response_mask"]).any(1)
-    return batch
+HELD_OUT, NORM = 0, -1                       # "steps" of held-out answers and of --reward-norm rollout
 
-def trim(batch, rows):
-    """These rows of a batch's tensors (n,T), (n,R) and (n,), less the columns that are padding in all of them; and the
-    column where their responses start now."""
-    some = {key: x[rows] for key, x in batch.items()}
-    T, R = some["mask"].shape[1], some["response_mask"].shape[1]
-    first, longest = int(some["mask"].any(0).int().argmax()), int(some["response_mask"].sum(1).max())
-    kept = {T: slice(first, T - R + longest), R: slice(longest)}
-    return {key: x if x.ndim == 1 else x[:, kept[x.shape[1]]] for key, x in some.items()}, T - R - first
-
-def random_numbers(seed, step):
-    """A generator that depends on the seed and the step alone, the same on every rank."""
+def random_numbers(seed: int, step: int) -> torch.Generator:
+    """A generator that depends on the seed and the step alone, so it is the same on every rank."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
-def answer_held_out(roles, prompts, args, tokenizer, stats, gold, step, log):
-    """Answers held-out prompts, with the same random numbers each time; writes samples.jsonl, logs the means."""
-    uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, 0))
-    batch = rollout(roles, prompts, uniforms, args, tokenizer)
-    mask, score = batch["response_mask"], (batch["score"] - stats["mean"]) / stats["std"]
-    kl = ((batch["old_logp"] - batch["ref_logp"]) * mask).sum(1)
-    answers = [ids[keep].tolist() for ids, keep in zip(batch["ids"][:, -mask.shape[1]:], mask)]
-    rows = [{"step": step, "prompt": tokenizer.decode(p), "response": tokenizer.decode(a), "score": s, "kl": k}
-            for p, a, s, k in zip(prompts, answers, score.tolist(), kl.tolist())]
-    means = {"eval_score": score, "eval_kl": kl, "eval_length": mask.sum(1).double(),
-             "eval_eos_share": batch["ended"].double()}
-    means = {name: float(x.mean()) for name, x in means.items()}
-    if gold:
-        rows = [{**row, "gold": float(gold(row["prompt"], row["response"]))} for row in rows]
-        means["gold"] = sum(row["gold"] for row in rows) / len(rows)
-    if dist.get_rank() == 0:
-        with writing(args.out), open(Path(args.out) / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    say(f"{rows[0]['prompt']} {rows[0]['response']}\n[score {rows[0]['score']:.2f}, kl {rows[0]['kl']:.2f}]")
-    log.line(step=step, **means)
+# ------------------------------------------------------------ 3. rewards
+def token_rewards(batch: Rollout, score: Tensor, beta: float, args: Namespace) -> Tensor:
+    """Rewards (B,R) of a batch with normalised scores (B,). An answer without EOS may cost
+    --missing-eos-penalty."""
+    penalty = torch.where(batch.ended, 0.0, args.missing_eos_penalty)
+    return shape_rewards(score, batch.old_logp, batch.ref_logp, batch.response_mask, beta, args.score_clip,
+                         penalty)
 
-# what a run that goes astray looks like: (metric, whether it is so, its usual cause and what to turn)
+def steered(beta: float, kl: float, target: float, gain: float) -> float:
+    """beta after a step with this KL: larger where the KL is above the target, smaller below it (arXiv
+    1909.08593)."""
+    return beta * (1 + gain * max(-0.2, min(0.2, kl / target - 1)))
+
+# ------------------------------------------------------------ 5. update
+def my_micro_batches(batch: Rollout, rows: Tensor, micro_batch: int) -> list[Rollout]:
+    """This rank's micro-batches of a mini-batch, which is given by its row numbers."""
+    lengths = batch.mask.sum(1).tolist()
+    by_length = sorted(rows.tolist(), key=lambda row: lengths[row])            # like lengths: little padding
+    mine = micro_batches(by_length, dist.get_rank(), dist.get_world_size(), micro_batch)
+    return [batch.select(some) for some in mine]
+
+def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
+                 n_words: int, measures: Measures, is_first: bool, texts: list):
+    """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part. total: what
+    the loss of a micro-batch is divided by (main says why). texts: rows of the pre-training mix, of all
+    ranks, whose loss is added (InstructGPT's PPO-ptx)."""
+    role.activate()                          # and no other role until the last backward pass is done
+    world = dist.get_world_size()
+    text_micros = micro_batches(texts, dist.get_rank(), world, args.micro_batch)
+    for i, mb in enumerate(my_micros):
+        new_logp, logits = answer_logps(engine, mb, args.temperature, n_words)
+        loss = policy_loss(new_logp, mb.old_logp, mb.adv, mb.response_mask, args.clip, total)
+        moved = policy_measures(new_logp, mb.old_logp, mb.response_mask, args.clip, total)
+        measures.add(policy_loss=loss, entropy=entropy(logits, args.temperature) / total,
+                     clip_frac=moved["clip_frac"], approx_kl=moved["approx_kl"])
+        if is_first:
+            measures.add(first_ratio=moved["ratio"])
+        del logits                           # (N,V), which the backward pass does not need
+        if texts:
+            ptx_total = n_labels(texts) / (world * len(my_micros))
+            ptx_loss = rows_loss(engine, text_micros[i], ptx_total, new_logp.device)
+            measures.add(ptx_loss=ptx_loss)
+            loss = loss + args.ptx_coef * ptx_loss
+        backward_and_step(engine, loss)
+
+def update_critic(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
+                  measures: Measures):
+    """One optimiser step of the critic on the same micro-batches."""
+    role.activate()
+    for mb in my_micros:
+        new_values = response_values(engine, mb)
+        loss = value_loss(new_values, mb.values, mb.returns, mb.response_mask, args.value_clip, total)
+        measures.add(value_loss=loss)
+        backward_and_step(engine, loss)
+
+def start_average(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A copy of the weights in float32: the moving average before the first update."""
+    with gathered(weights.values()):
+        return {name: p.detach().float().clone() for name, p in weights.items()}
+
+def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float):
+    """Moves the average towards the weights."""
+    with gathered([weights[name] for name in average]):
+        for name, mean in average.items():
+            mean.lerp_(weights[name].detach().float(), 1 - decay)
+
+# ------------------------------------------------------------ 6. log
+def summary(batch: Rollout, score: Tensor) -> dict[str, float]:
+    """Means over the answers of a batch with normalised scores (B,). kl is in nats per answer."""
+    kl = kl_per_token(batch.old_logp, batch.ref_logp, batch.response_mask).sum(1)
+    return {"score": float(score.mean()), "kl": float(kl.mean()),
+            "length": float(batch.response_mask.sum(1).double().mean()),
+            "eos_share": float(batch.ended.double().mean())}
+
+def answer_held_out(roles: dict[str, Role], prompts: list[list[int]], args: Namespace, tokenizer: Tokenizer,
+                    stats: dict[str, float], gold: Callable | None) -> tuple[list[dict], dict[str, float]]:
+    """Rows for samples.jsonl, an answer to each held-out prompt, and their means; the same random numbers
+    each time."""
+    uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, HELD_OUT))
+    watch = partial(stoppable, label="held-out answers")
+    batch = rollout(roles, prompts, uniforms, args, tokenizer, watch)
+    score, mask = normalise(batch.raw_score, stats), batch.response_mask
+    kl = kl_per_token(batch.old_logp, batch.ref_logp, mask).sum(1)
+    answers = [ids[keep].tolist() for ids, keep in zip(batch.ids[:, batch.start:], mask, strict=True)]
+    samples = [{"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(answer), "score": s, "kl": k}
+               for prompt, answer, s, k in zip(prompts, answers, score.tolist(), kl.tolist(), strict=True)]
+    means = {f"eval_{name}": mean for name, mean in summary(batch, score).items()}
+    if gold:
+        for sample in samples:
+            sample["gold"] = float(gold(sample["prompt"], sample["response"]))
+        means["gold"] = sum(sample["gold"] for sample in samples) / len(samples)
+    return samples, means
+
+def write_samples(out: str, step: int, samples: list[dict]):
+    """Appends the samples to OUT/samples.jsonl, and shows the first."""
+    if dist.get_rank() == 0:
+        with writing(out), open(Path(out) / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+    first = samples[0]
+    say(f"{first['prompt']} {first['response']}\n[score {first['score']:.2f}, kl {first['kl']:.2f}]")
+
+def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path, average: dict[str, Tensor],
+                weights: dict[str, nn.Parameter]):
+    """Writes the actor to OUT, and if asked for, the critic to OUT/critic and the average to OUT/ema."""
+    out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
+    base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
+
+    def save_average(model, *where):         # it overwrites the weights: nothing is trained after this
+        for name, mean in average.items():
+            weights[name].data.copy_(mean)
+        save_model(model, *where)
+
+    save_whole(actor.model, out, save_model, tokenizer_folder, base, actor.adapter)
+    if args.save_critic:
+        save_whole(critic.model, out / "critic", save_model, tokenizer_folder, reward_base, critic.adapter)
+    if average:
+        save_whole(actor.model, out / "ema", save_average, tokenizer_folder, base, actor.adapter)
+
+# (metric, test, usual cause and the flag to turn)
 WARNINGS = [
-    ("kl", lambda x: x > 50, "so far from the reference the score means little; raise --kl-coef, lower --actor-lr"),
-    ("kl", lambda x: x < -1, "a KL below 0 is too few or too short answers, or half precision; raise --rollout-batch"),
-    ("first_ratio", lambda x: abs(x - 1) > 0.1, "before any update it should be 1: rollout and update disagree, which "
-        "half precision can do; try --dtype fp32"),
+    ("kl", lambda x: x > 50,
+     "so far from the reference the score means little; raise --kl-coef, lower --actor-lr"),
+    ("kl", lambda x: x < -1,
+     "a KL below 0 comes from few or short answers, or half precision; raise --rollout-batch"),
+    ("first_ratio", lambda x: abs(x - 1) > 0.1,
+     "before any update the ratio should be 1; half precision can keep it from that, try --dtype fp32"),
     ("approx_kl", lambda x: x > 0.5, "one step moves the policy too far; lower --actor-lr or --ppo-epochs"),
-    ("length", lambda x: x < 1.5, "answers are next to nothing: the reward model may like that best, see samples.jsonl"),
+    ("length", lambda x: x < 1.5,
+     "answers are nearly empty: the reward model may like that best, see samples.jsonl"),
     ("eos_share", lambda x: x == 0, "no answer ends by itself; raise --max-new, or --missing-eos-penalty"),
 ]
 
-def warn(log, metrics, constant):
-    """Says once each what is wrong with a step; constant: all its answers have one score."""
-    log.warn(constant, "all answers have the same score, from which nothing can be learned; is --score-clip or the reward "
-             "model the reason?")
-    for name, wrong, cause in WARNINGS:
-        log.warn(wrong(metrics[name]), f"{name} has left its bounds: {cause}")
+def warn(log: Log, metrics: dict[str, float], score: Tensor):
+    """Prints, once each, what is wrong with a step; score (B,) of its answers, clamped."""
+    log.warn(bool(score.std(correction=0) < 1e-6),
+             "all answers have the same score, from which nothing can be learned; is --score-clip or the "
+             "reward model the reason, or does no answer earn anything yet?")
+    for name, is_wrong, cause in WARNINGS:
+        log.warn(is_wrong(metrics[name]), f"{name} has left its bounds: {cause}")
 
-# ------------------------------------------------------------------------------------------------ checks, loading
-def read_stats(args):
-    """Mean and standard deviation by which scores are normalised, where they are known beforehand."""
+# ------------------------------------------------------------ what is read
+PHASE = 2                                    # of --split: the shares 0 and 1 are for sft.py and reward.py
+
+@dataclass
+class Inputs:
+    """All that the run reads and that needs no weights."""
+    accumulation: int                        # micro-batches per rank and optimiser step
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    config: LlamaConfig                      # of the actor
+    reward_config: LlamaConfig
+    stats: dict[str, float] | None           # mean and std of scores; None: they are measured before step 1
+    gold: Callable | None                    # (prompt, answer) -> true reward
+    train: list[list[int]]                   # prompts, ids with BOS
+    held_out: list[list[int]]
+    texts: list                              # the pre-training mix: (ids, n_prompt)
+
+def read_inputs(args: Namespace, world: int) -> Inputs:
+    """Reads and checks; BadInput where something is wrong, before any weights load."""
+    # this may lower args.micro_batch
+    accumulation = accumulation_steps(args, "--mini-batch", args.mini_batch, world)
+    if args.rollout_batch % args.mini_batch:
+        raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch "
+                       f"{args.mini_batch}")
+    full, adapter = resolve(args.actor, args.base)
+    reward_full, reward_adapter = resolve(args.reward, args.reward_base, "--reward-base")
+    check_out(args, full, adapter, reward_full, reward_adapter)
+    if args.lora_rank and adapter and reward_adapter:
+        raise BadInput(f"--lora-rank: {args.actor} and {args.reward} are adapters already, and copies of "
+                       f"them are trained; leave the flag out")
+    if not reward_adapter and "score.weight" not in find_tensors(reward_full):
+        raise BadInput(f"--reward {args.reward}: is a language model, its scores would be noise; reward.py "
+                       f"makes a reward model")
+    longest = args.max_prompt + args.max_new
+    tokenizer, config, tokenizer_folder = open_tokenizer(args.actor, args.base, longest)
+    reward_tokenizer, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
+    if reward_tokenizer.pieces() != tokenizer.pieces():
+        raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
+                       f"base")
+    tally = Counter()
+    # where held-out prompts come from a share of --data, the same share of these files is left out
+    mix, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
+                          eval_share=0 if args.eval_data else args.eval_share, tally=tally)
+    texts = [row for record in mix if (row := encode_sft(tokenizer, record, longest, tally))]
+    if args.ptx_data and len(texts) < args.mini_batch:
+        raise BadInput(f"--ptx-data: {len(texts)} usable rows, fewer than one mini-batch of "
+                       f"{args.mini_batch}")
+    train, held_out = load_rows(args, PHASE, encode_prompt, tokenizer, args.max_prompt, args.rollout_batch,
+                                [args.actor, args.reward], tally)
+    return Inputs(accumulation, tokenizer, tokenizer_folder, config, reward_config, read_stats(args),
+                  load_function(args.gold, "gold", "--gold"), train, held_out[:args.eval_prompts], texts)
+
+def read_stats(args: Namespace) -> dict[str, float] | None:
+    """Mean and standard deviation by which scores are normalised; None with --reward-norm rollout."""
     if args.reward_norm != "stats":
-        return {"mean": 0.0, "std": 1.0}
+        return {"mean": 0.0, "std": 1.0} if args.reward_norm == "none" else None
     file = Path(args.reward) / "reward_stats.json"
     if not file.exists():
-        raise BadInput(f"{file}: there is none; --reward-norm rollout measures scores, none takes them raw")
+        raise BadInput(f"{file}: is missing; --reward-norm rollout measures the scores, --reward-norm none "
+                       f"takes them as they are")
     stats = read_json(file)
-    if not all(type(stats.get(k)) in (int, float) and abs(stats[k]) < 1e12 for k in ("mean", "std")) or stats["std"] <= 0:
-        raise BadInput(f"{file}: mean and std are {stats.get('mean')!r} and {stats.get('std')!r}")
+    mean, std = stats.get("mean"), stats.get("std")
+    if not all(type(x) in (int, float) and abs(x) < 1e12 for x in (mean, std)) or std <= 0:
+        raise BadInput(f"{file}: mean and std are {mean!r} and {std!r}")
     return stats
 
-def load_gold(path):
-    """The function gold of a Python file of the user's."""
-    if not path:
-        return None
-    spec = importlib.util.spec_from_file_location("gold", path)
-    if spec is None or not Path(path).exists():
-        raise BadInput(f"--gold {path}: there is no such Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "gold"):
-        raise BadInput(f"--gold {path}: has no function gold(prompt, answer)")
-    return module.gold
+def measure_stats(roles: dict[str, Role], prompts: list[list[int]], args: Namespace,
+                  tokenizer: Tokenizer) -> dict[str, float]:
+    """Mean and standard deviation of the scores of the reference's own answers (--reward-norm rollout)."""
+    prompts, watch = prompts[:args.norm_prompts], partial(stoppable, label="answers, for their scores")
+    uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, NORM))
+    parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
+    rollouts = [rollout(roles, prompts[part], uniforms[part], args, tokenizer, watch) for part in parts]
+    score = torch.cat([batch.raw_score for batch in rollouts])
+    return {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
 
-def read_inputs(args, world):
-    """All that needs no weights, checked: (accumulation, tokenizer, its folder, the two configs, statistics of
-    scores, gold, and in ids the training prompts, held-out prompts, rows of the pre-training mix)."""
-    accumulation = accumulate(args, "--mini-batch", args.mini_batch, world)
-    if args.rollout_batch % args.mini_batch:
-        raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch {args.mini_batch}")
-    (full, adapter), reward_folders = resolve(args.actor, args.base), resolve(args.reward, args.reward_base)
-    check_folders(args, adapter, full, *reward_folders)
-    longest = args.max_prompt + args.max_new
-    tokenizer, config, folder = open_tokenizer(args.actor, args.base, longest)
-    theirs, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
-    if theirs.pieces() != tokenizer.pieces():
-        raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one base")
-    tally = Counter()
-    mix, _ = load_records(args.ptx_data or [], 2, None, args.split_seed, None, args.eval_share, tally)
-    ptx = [row for r in mix if (row := encode_sft(tokenizer, r, longest, tally))]       # nothing held out is in it
-    train, held_out = load_rows(args, 2, encode_prompt, tokenizer, args.max_prompt, args.rollout_batch, tally)
-    if args.ptx_data and len(ptx) < args.mini_batch:
-        raise BadInput(f"--ptx-data: {len(ptx)} usable rows, fewer than one mini-batch of {args.mini_batch}")
-    return (accumulation, tokenizer, folder, config, reward_config, read_stats(args), load_gold(args.gold),
-            train, held_out[:args.eval_prompts], ptx)
-
+# ------------------------------------------------------------ PPO
 def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
     with fail_together():
-        (accumulation, tokenizer, folder, config, reward_config, stats, gold,
-         train, held_out, ptx) = read_inputs(args, world)
+        inputs = read_inputs(args, world)
     with fail_together():
         roles = build_roles(args, dtype, device)
-    lengths = [len(prompt) for prompt in train]
-    state = RunState(args, lengths)
-    (actor, actor_name), (critic, critic_name) = roles["actor"], roles["critic"]
-    actor.config, critic.config, actor.n_words = config, reward_config, tokenizer.vocab_size
+    tokenizer, train = inputs.tokenizer, inputs.train
+    actor, critic = roles["actor"].model, roles["critic"].model
+    actor.config, critic.config, actor.n_words = inputs.config, inputs.reward_config, tokenizer.vocab_size
     actor.model.checkpointing = critic.model.checkpointing = args.checkpointing
-    trained = trained_parameters(roles)
-    state.track_weights({f"{role}.{name}": p for role, some in trained.items()
-                         for name, p in roles[role][0].named_parameters() if any(p is q for q in some)})
+    trained, lengths = trained_weights(roles), [len(prompt) for prompt in train]
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
-    n_updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                 # per step
-    actor_engine, critic_engine = (
-        make_engine(args, model, trained[role], lr, steps * n_updates, args.micro_batch, accumulation, dtype)
-        for model, role, lr in ((actor, "actor", args.actor_lr), (critic, "critic", args.critic_lr)))
-    state.track_engines(actor=actor_engine, critic=critic_engine)
-    with gathered(trained["actor"]):
-        average = [(p, p.detach().float().clone()) for p in trained["actor"]] if args.ema else []
-    state.track_weights({f"ema.{i}": mean for i, (_, mean) in enumerate(average)})
-    if state.step:
-        stats = state.own["stats"]
-    elif args.reward_norm == "rollout":      # the scores of the reference's own answers
-        prompts = train[:args.norm_prompts]
-        uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, -1))
-        parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
-        score = torch.cat([rollout(roles, prompts[p], uniforms[p], args, tokenizer)["score"] for p in parts])
-        stats = {"mean": float(score.mean()), "std": max(float(score.std(correction=0)), 1e-6)}
-    beta, log = state.own.get("beta", args.kl_coef), Log(args, steps, rank, CURVES, state.step)
-    ptx_stream = stream([len(ids) for ids, _ in ptx], args.mini_batch, args.seed, state.step * n_updates) if ptx else None
-    if not state.step:
-        answer_held_out(roles, held_out, args, tokenizer, stats, gold, 0, log)
+    updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
+    state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from
+    for role, weights in trained.items():
+        state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
+    engines = {role: make_engine(args, roles[role].model, [*trained[role].values()], lr, steps * updates,
+                                 inputs.accumulation, dtype)
+               for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr))}
+    state.track_engines(**engines)
+    average = start_average(trained["actor"]) if args.ema is not None else {}
+    state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())})
+    stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)
+    mix = stream([len(ids) for ids, _ in inputs.texts], args.mini_batch, args.seed, done=state.step * updates)
+    log = Log(args, steps, rank, CURVES, state.step)
 
-    for step, (epoch, rows) in zip(range(state.step + 1, steps + 1),
-                                   stream(lengths, args.rollout_batch, args.seed, state.step)):
+    def evaluate(step):
+        nonlocal stats
+        with state.evaluation(step, log):
+            stats = stats or measure_stats(roles, train, args, tokenizer)
+            samples, means = answer_held_out(roles, inputs.held_out, args, tokenizer, stats, inputs.gold)
+            write_samples(args.out, step, samples)
+            log.line(step=step, **means)
+
+    if state.evaluation_due:
+        evaluate(state.step)
+    for step, epoch, row_numbers in stream(lengths, args.rollout_batch, args.seed, state.step, steps):
         # 1. rollout: one global batch in a fixed order, its random numbers drawn from (seed, step) alone
         rng = random_numbers(args.seed, step)
         uniforms = torch.rand(args.rollout_batch, args.max_new, generator=rng)
-        batch = rollout(roles, [train[i] for i in rows], uniforms, args, tokenizer)
-        mask, old_logp, ref_logp = batch["response_mask"], batch["old_logp"], batch["ref_logp"]     # (B, R)
+        batch = rollout(roles, [train[i] for i in row_numbers], uniforms, args, tokenizer)
+        mask = batch.response_mask                                                      # (B,R)
 
-        # 2. score: in units of the standard deviation of scores
-        score = (batch["score"] - stats["mean"]) / stats["std"]                         # (B,)
+        # 2. score: the reward model's, in standard deviations
+        score = normalise(batch.raw_score, stats)                                       # (B,)
 
-        # 3. rewards: the KL penalty at every token, the score at the last
-        penalty = args.missing_eos_penalty * ~batch["ended"]
-        rewards = shape_rewards(score, old_logp, ref_logp, mask, beta, args.score_clip, penalty)
+        # 3. rewards: the KL penalty at every token, the score at the last one
+        rewards = token_rewards(batch, score, beta, args)                               # (B,R)
 
-        # 4. advantages, of the whole batch on every rank
-        advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
-        batch["adv"] = whiten(advantages, mask)
+        # 4. advantages: of the whole batch, on every rank alike
+        batch.adv, batch.returns = advantages(rewards, batch.values, mask, args.gamma, args.lam)
 
         # 5. update: each rank trains its share of every mini-batch
-        measured, lr = [], actor_engine.get_lr()[0]
-        passes = [torch.randperm(args.rollout_batch, generator=rng) for _ in range(args.ppo_epochs)]
-        text_length = batch["mask"].sum(1).tolist()
-        for mini in torch.cat(passes).view(-1, args.mini_batch).tolist():
-            total = mask[mini].sum() / (world * accumulation)      # all ranks' tokens; the engines divide by both
-            mini.sort(key=lambda row: text_length[row])            # like lengths in a micro-batch: little padding
-            micros = [trim(batch, rows) for rows in deal(mini, rank, world, args.micro_batch)]
-            mixed = [ptx[i] for i in next(ptx_stream)[1]] if ptx else []
-            ptx_total = n_labels(mixed) / (world * accumulation)
-            ptx_micros = deal(mixed, rank, world, args.micro_batch)
-            actor_losses, critic_losses = [], []
-
-            use_adapter(*roles["actor"])                           # and no other until its last backward is done
-            for n, (mb, _) in enumerate(micros):
-                mb_mask = mb["response_mask"]
-                new_logp, logits = response_logps(actor_engine, mb["ids"], mb["mask"], mb_mask, args.temperature,
-                                                  tokenizer.vocab_size)
-                actor_loss = policy_loss(new_logp, mb["old_logp"], mb["adv"], mb_mask, args.clip, total)
-                measures = policy_measures(new_logp, logits, mb["old_logp"], mb_mask, args.clip,
-                                           args.temperature, total)
-                del logits                                         # (N,V), not needed in the backward pass
-                ptx_loss = torch.zeros_like(actor_loss)
-                if ptx:
-                    ids, ids_mask, labels = (x.to(device) for x in collate_sft(ptx_micros[n]))
-                    ptx_loss = sft_loss(*response_logits(actor_engine, ids, ids_mask, labels), ptx_total)
-                descend(actor_engine, actor_loss + args.ptx_coef * ptx_loss)
-                actor_losses.append(torch.stack([actor_loss, ptx_loss, *measures]).detach())
-
-            use_adapter(*roles["critic"])
-            for mb, start in micros:
-                new_values = critic_engine(mb["ids"], mb["mask"])[:, start - 1:-1]
-                critic_loss = value_loss(new_values, mb["values"], mb["returns"], mb["response_mask"],
-                                         args.value_clip, total)
-                descend(critic_engine, critic_loss)
-                critic_losses.append(critic_loss.detach()[None])
-            measured += [torch.cat(losses) for losses in zip(critic_losses, actor_losses)]
-            with gathered(trained["actor"]):
-                for p, mean in average:
-                    mean.lerp_(p.detach().float(), 1 - args.ema)
+        measures, lr = Measures(), engines["actor"].get_lr()[0]
+        for ppo_epoch in range(args.ppo_epochs):
+            order = torch.randperm(args.rollout_batch, generator=rng)
+            for n, rows in enumerate(order.split(args.mini_batch)):
+                my_micros = my_micro_batches(batch, rows, args.micro_batch)
+                # DeepSpeed takes the mean over the micro-batches of all ranks; with their mean number of
+                # tokens as the divisor, that is the sum of the losses over the number of all tokens
+                total = mask[rows].sum() / (world * len(my_micros))
+                texts = [inputs.texts[i] for i in next(mix)[-1]] if inputs.texts else []
+                update_actor(roles["actor"], engines["actor"], my_micros, total, args, tokenizer.vocab_size,
+                             measures, is_first=(ppo_epoch, n) == (0, 0), texts=texts)
+                update_critic(roles["critic"], engines["critic"], my_micros, total, args, measures)
+                update_average(average, trained["actor"], args.ema)
 
         # 6. log, now and then answer held-out prompts
-        # token means, once summed over micro-batches and ranks; the ratio of the first mini-batch alone
-        value, policy, ptx_loss, ratio, clipped, approx_kl, entropy = torch.stack(measured, 1) / (world * accumulation)
-        means = [x.sum() / n_updates for x in (value, policy, ptx_loss, clipped, approx_kl, entropy)]
-        value, policy, ptx_loss, clipped, approx_kl, entropy, first_ratio = sum_over_ranks(
-            *torch.stack([*means, ratio[:accumulation].sum()]).tolist())
-        kl = float(((old_logp - ref_logp) * mask).sum(1).mean())
-        metrics = dict(score=float(score.mean()), kl=kl, length=float(mask.sum(1).double().mean()),
-                       eos_share=float(batch["ended"].double().mean()), policy_loss=policy, value_loss=value,
-                       **({"ptx_loss": ptx_loss} if ptx else {}), approx_kl=approx_kl, first_ratio=first_ratio,
-                       clip_frac=clipped, entropy=entropy, beta=beta, lr=lr,
-                       explained_var=explained_variance(batch["values"], batch["returns"], mask))
-        log.step(int(batch["mask"].sum()), epoch=epoch, **metrics, **engine_metrics(actor_engine))
-        warn(log, metrics, bool(score.std(correction=0) < 1e-6))
+        metrics = {**summary(batch, score), **measures.means(), "beta": beta, "lr": lr,
+                   "explained_var": explained_variance(batch.values, batch.returns, mask)}
+        log.step(int(batch.mask.sum()), epoch=epoch, **metrics, **engine_metrics(engines["actor"]))
+        warn(log, metrics, score.clamp(-args.score_clip, args.score_clip))
         if args.kl_target:
-            beta *= 1 + args.kl_gain * max(-0.2, min(0.2, kl / args.kl_target - 1))
+            beta = steered(beta, metrics["kl"], args.kl_target, args.kl_gain)
+        state.extra.update(beta=beta, stats=stats)
         if step % args.eval_every == 0 or step == steps:
-            answer_held_out(roles, held_out, args, tokenizer, stats, gold, step, log)
+            evaluate(step)
         if step < steps:
-            state.after(step, rows, log, beta=beta, stats=stats)
+            state.end_step(step, row_numbers, log)
 
-    base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
-    save(actor, args.out, rank, folder, actor_name, base)
-    if args.save_critic:
-        save(critic, Path(args.out) / "critic", rank, folder, critic_name, reward_base)
-    if args.ema:
-        save(actor, Path(args.out) / "ema", rank, folder, actor_name, base, average)
+    save_models(args, roles, inputs.tokenizer_folder, average, trained["actor"])
     state.finish(log)
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Generation beside transformers: 64 prompt and 128 new tokens at temperature 1, none of which ends early.
 
-The peer has the same weights in the same process: its generate by default, and with a static cache and its forward
-pass compiled, which is its fastest setting (that needs a C++ compiler on CPU). "At most" is the speed at which the
-machine would read the weights and the cache once per token, or multiply, whichever takes longer.
+Both libraries have the same weights in the same process. transformers is measured twice: as it generates by
+default, and tuned, with a static cache and its forward pass compiled, which is its fastest setting (on a
+CPU that needs a C++ compiler). "At the roofline" is the speed of a machine that, for each token, only reads
+the weights and the cache once or only multiplies, whichever takes longer. docs/speed.md has the results.
 
     python bench/generate.py                  # 15M at B = 1, 16, 64 and 110M at B = 1, 16
     python bench/generate.py --sizes 15M --batches 16 --dtype bf16 --no-tuned
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import SIZES, VOCABULARY, flops, matrix_rate, race, read_rate, table, write_models
 
-from common import SIZES, VOCABULARY, flops, load_model, matrix_rate, race, read_rate, table, write_models
+from lora import load_model
 from runtime.flags import DTYPES
 
 P, NEW = 64, 128
@@ -47,8 +49,9 @@ def measure(base, B, new, device, dtype, tuned):
 
         def run():
             # top_k 0: transformers' default of 50 would be another distribution
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                 use_cache=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **more)
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0,
+                                 top_k=0, top_p=1.0, use_cache=True, min_new_tokens=new, max_new_tokens=new,
+                                 pad_token_id=0, **more)
             return out[:, P:].numel()
         return run
 
@@ -56,13 +59,15 @@ def measure(base, B, new, device, dtype, tuned):
     return [B * new / seconds for seconds in race(*racers)]
 
 
-def floor(size, B, new, device, dtype):
-    """Seconds that the machine needs at least for the prompts, and for each step after them."""
+def roofline(size: str, B: int, new: int, device: str | torch.device,
+             dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds that the machine needs at least: for the prompts, and for each step after them."""
     C, inner, layers, _ = SIZES[size]
     weights = layers * (4 * C * C + 3 * C * inner) + C * VOCABULARY
     length = P + new // 2                                # of a text, on average
     n_bytes = (weights + B * length * layers * 2 * C) * dtype.itemsize
-    rate = max(matrix_rate(size, kind, device) for kind in {dtype, torch.float32})      # bfloat16 may be slower
+    # products in bfloat16 may be slower than in float32
+    rate = max(matrix_rate(size, kind, device) for kind in {dtype, torch.float32})
     step = max(n_bytes / read_rate(n_bytes, device), flops(size, B, 2 * length, B) / rate)
     return flops(size, B * P, P, B) / rate, step
 
@@ -72,19 +77,21 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    dtype, rows = DTYPES[args.dtype], []
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_models(Path(folder) / size, size)
             for B in args.batches or [1, 16, 64][:2 if size == "110M" else 3]:
-                speeds = measure(Path(folder) / size / "base", B, args.new, device, DTYPES[args.dtype], not args.no_tuned)
-                prompts, step = floor(size, B, args.new, device, DTYPES[args.dtype])
-                rows.append((f"{size}, B = {B}", *speeds, *(f"{speeds[0] / peer:.2f}" for peer in speeds[1:]),
-                             B * args.new / (prompts + (args.new - 1) * step)))
-    tuned = ["tuned"] * (not args.no_tuned)
-    peers = [f"transformers {transformers.__version__}{', ' + kind if kind else ''}" for kind in ["", *tuned]]
-    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers, *(["ratio"] * len(peers)), "at most"], rows,
-          device)
+                speeds = measure(Path(folder) / size / "base", B, args.new, device, dtype, not args.no_tuned)
+                ratios = [f"{speeds[0] / peer:.2f}" for peer in speeds[1:]]
+                prompts, step = roofline(size, B, args.new, device, dtype)
+                at_roofline = B * args.new / (prompts + (args.new - 1) * step)
+                rows.append((f"{size}, B = {B}", *speeds, *ratios, at_roofline))
+    peers = [f"transformers {transformers.__version__}"]
+    if not args.no_tuned:
+        peers.append(f"{peers[0]}, tuned")
+    table([f"generate, {P} + {args.new}, {args.dtype}: tokens/s", "ours", *peers,
+           *(["ratio"] * len(peers)), "at the roofline"], rows, device)
 
 
 if __name__ == "__main__":

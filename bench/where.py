@@ -1,8 +1,10 @@
-"""Where the time goes: of a PPO step (as in ppo_step.py) by phase, and of a token (as in generate.py) by kind of work.
+"""Where the time of a PPO step goes, by phase, and the time of a generated token, by kind of work.
 
-By timers around calls: PyTorch's profiler slows what it looks at, large products most of all. What no timer sees in a PPO
-step is counted with the forward passes: rewards, GAE, the log. ZeRO copies gradients in the backward pass. The floor is
-what the products would take at the machine's best rate, for a token also what reading the weights and the cache would.
+The step is that of ppo_step.py, the token that of generate.py. Timers around calls measure it, because
+PyTorch's profiler slows what it watches, large products most of all. The part of a PPO step that no timer
+covers is counted with the forward passes: rewards, GAE, the log. Under ZeRO the backward pass also copies
+the gradients. The roofline is the time of the matrix products at the machine's best rate; for a token it is
+the time of reading the weights and the cache, where that takes longer. docs/speed.md has the results.
 
     python bench/where.py                     # a minute on two quiet cores; --lora for PPO with LoRA
 """
@@ -15,18 +17,33 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import generate
+import ppo_step
 import torch
 import torch.nn.functional as F
+from common import CPU, table, write_models
+from ppo_step import NEW, B, P
 
-from common import CPU, load_model, table, write_models
-import generate
 import llama
 import ppo
-import ppo_step
+import runtime.speed
+from lora import load_model
 from runtime.log import Log
-from ppo_step import B, NEW, P
 
-spent = Counter()                            # seconds by name, of what is timed
+KINDS = ["layers", "head", "attention", "choice of a word", "the rest"]
+PHASES = {"answers": "answers", "passes": "passes of the four networks over them",
+          "forward": "update: forward passes, losses", "backward": "update: backward passes",
+          "optimisers": "update: optimisers"}
+spent = Counter()                            # {label: seconds} of the calls that are timed
+
+
+def get_args():
+    parser = argparse.ArgumentParser(
+        description="Times the phases of a PPO step and the parts of a generated token.")
+    parser.add_argument("--size", default="15M")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--steps", type=int, default=4, help="PPO steps, the first of which is left out")
+    return parser.parse_args()
 
 
 def timed(owner, name, label):
@@ -42,8 +59,35 @@ def timed(owner, name, label):
     setattr(owner, name, wrapped)
 
 
+def ppo_steps(folder, lora, steps):
+    """[{phase: seconds}] of each step of ppo.py but the first, run in this process."""
+    os.environ.update(CPU)
+    import deepspeed
+    timed(llama.Llama, "generate", "answers")
+    timed(deepspeed.DeepSpeedEngine, "backward", "backward")
+    timed(deepspeed.DeepSpeedEngine, "step", "optimisers")
+    found, start, rollout, log_step = [], 0.0, ppo.rollout, Log.step
+
+    def first_phase(*args):
+        nonlocal start
+        spent.clear()
+        start = time.perf_counter()
+        batch = rollout(*args)
+        spent["passes"] = time.perf_counter() - start - spent["answers"]
+        return batch
+
+    def last_phase(*args, **metrics):
+        log_step(*args, **metrics)
+        found.append({**spent, "forward": time.perf_counter() - start - sum(spent.values())})
+
+    ppo.rollout, Log.step = first_phase, last_phase
+    sys.argv = ppo_step.words_of_ours(folder, lora, B, NEW, steps)
+    ppo.main()
+    return found[1:]
+
+
 def token(base, batch):
-    """{kind of work: milliseconds per step}, after one generation that warms up."""
+    """{kind of work: milliseconds per step} of a generation, after one that warms up."""
     model, ids = load_model(base), torch.randint(3, 31_990, (batch, generate.P))
     for _ in range(2):
         steps = model.decode(ids, torch.ones_like(ids), generate.NEW + 1)
@@ -53,64 +97,33 @@ def token(base, batch):
         for _ in steps:
             pass
         spent["the rest"] = time.perf_counter() - start - sum(spent.values())
-    return {label: seconds * 1e3 / generate.NEW for label, seconds in spent.items()}
-
-
-def ppo_steps(folder, lora, steps):
-    """[{phase: seconds}] of each step of ppo.py, run in this process, but the first."""
-    os.environ.update(CPU)
-    import deepspeed
-    timed(llama.Llama, "generate", "answers")
-    timed(deepspeed.DeepSpeedEngine, "backward", "backward")
-    timed(deepspeed.DeepSpeedEngine, "step", "optimisers")
-    found, rollout, log_step = [], ppo.rollout, Log.step
-
-    def first_phase(*args):
-        spent.clear()
-        started.append(time.perf_counter())
-        batch = rollout(*args)
-        spent["passes"] = time.perf_counter() - started[-1] - spent["answers"]
-        return batch
-
-    def last_phase(*args, **metrics):
-        log_step(*args, **metrics)
-        found.append({**spent, "forward": time.perf_counter() - started[-1] - sum(spent.values())})
-
-    started, ppo.rollout, Log.step = [], first_phase, last_phase
-    sys.argv = ppo_step.words_of_ours(folder, lora, B, NEW, steps)
-    ppo.main()
-    return found[1:]
+    return {kind: spent[kind] * 1e3 / generate.NEW for kind in KINDS}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times the phases of a PPO step and the parts of a generated token.")
-    parser.add_argument("--size", default="15M")
-    parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--steps", type=int, default=4, help="PPO steps, the first of which is left out")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "models"
+    args = get_args()
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "models"
         write_models(folder, args.size)
         ppo_step.write_prompts(folder)
-        found = ppo_steps(folder, args.lora, args.steps)
+        steps = ppo_steps(folder, args.lora, args.steps)
         timed(F, "linear", "layers")
-        timed(llama, "thin_product", "head")
+        timed(runtime.speed, "thin_product", "head")
         timed(F, "scaled_dot_product_attention", "attention")
         timed(llama, "sample", "choice of a word")
         tokens = {batch: token(folder / "base", batch) for batch in (1, 16, 64)}
 
-    floors = ppo_step.floors(args.size, args.lora)
-    phases = {"answers": "answers", "passes": "passes of the four networks over them",
-              "forward": "update: forward passes, losses", "backward": "update: backward passes",
-              "optimisers": "update: optimisers"}
-    rows = [(what, statistics.median(step[phase] for step in found), floors.get(phase, 0.0))
-            for phase, what in phases.items()]
-    rows.append(("all", statistics.median(sum(step.values()) for step in found), sum(floors.values())))
-    table([f"PPO step, {args.size}, {'LoRA' if args.lora else 'full'}, {B} x ({P} + {NEW})", "s", "its floor"], rows)
-    kinds = ["layers", "head", "attention", "choice of a word", "the rest"]
-    rows = [(f"B = {batch}", *(ms[kind] for kind in kinds), sum(ms.values()),
-             1e3 * generate.floor(args.size, batch, generate.NEW, "cpu", torch.float32)[1]) for batch, ms in tokens.items()]
-    table([f"generate, {args.size}: ms per step", *kinds, "all", "its floor"], rows)
+    roofline = ppo_step.roofline(args.size, args.lora)
+    rows = [(what, statistics.median(step[phase] for step in steps), roofline.get(phase, 0.0))
+            for phase, what in PHASES.items()]
+    rows.append(("all", statistics.median(sum(step.values()) for step in steps), sum(roofline.values())))
+    kind = "LoRA" if args.lora else "full"
+    table([f"PPO step, {args.size}, {kind}, {B} x ({P} + {NEW})", "s", "roofline"], rows)
+    rows = []
+    for batch, ms in tokens.items():
+        _, step = generate.roofline(args.size, batch, generate.NEW, "cpu", torch.float32)
+        rows.append((f"B = {batch}", *ms.values(), sum(ms.values()), 1e3 * step))
+    table([f"generate, {args.size}: ms per step", *KINDS, "all", "roofline"], rows)
 
 
 if __name__ == "__main__":

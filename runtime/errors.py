@@ -1,13 +1,31 @@
-"""What is said to a user who did something wrong."""
+"""What the program says to a user who did something wrong."""
+import sys
 import unicodedata
+from collections.abc import Callable
 
-def without_controls(text):
-    """Leaves out what could take over the terminal: control characters, and those that turn a line around."""
+MOST_CHARACTERS = 1000                       # of a message, which may quote a file
+
+def without_controls(text: str) -> str:
+    """The text without control characters and without those that reverse its direction: they could take over
+    a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
                    and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
 
 class BadInput(ValueError):
-    """What a user did: the message is one line that names the file or flag, what was found, and what to do."""
-    def __init__(self, message):
-        message = " ".join(without_controls(message).split("\n"))  # it may quote a file
-        super().__init__(message if len(message) < 1000 else message[:1000] + "...")
+    """A user's mistake, said in one line: the file or flag, what was found there, and what to do about it.
+    `everywhere` is true where all ranks raise the same error, so that rank 0 alone has to print it."""
+
+    def __init__(self, message: str, everywhere: bool = False):
+        message = " ".join(without_controls(message).split("\n"))
+        super().__init__(message if len(message) < MOST_CHARACTERS else message[:MOST_CHARACTERS] + "...")
+        self.everywhere = everywhere
+
+def exit_with_one_line(main: Callable[[], None]):
+    """Runs main(). BadInput becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,9 +1,14 @@
-"""The record of a run: metrics.jsonl, curves.png and the progress bar."""
+"""The record of a run: metrics.jsonl, curves.png and what a person sees while it runs; rank 0 alone.
+
+On a terminal there are a progress bar with the live numbers and a line per evaluation; elsewhere a line per
+logged step.
+"""
 import gc
 import json
 import math
 import sys
 import time
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,86 +18,102 @@ from tqdm import tqdm
 from runtime.errors import BadInput
 from runtime.ranks import say
 
+SECONDS_BETWEEN_CURVES = 60
+
 class Log:
-    """metrics.jsonl, a line per logged step, curves.png drawn from it, and the progress bar; rank 0 alone."""
-    def __init__(self, args, steps, rank, curves, start=0):
-        self.out, self.curves, self.drawn = Path(args.out), curves, time.perf_counter()
-        self.file = None if rank else open(Path(args.out) / "metrics.jsonl", "a")
+    """curves: {title of a panel: the metrics in it}. start: the steps that a resumed run has behind it."""
+
+    def __init__(self, args: Namespace, steps: int, rank: int, curves: dict[str, list[str]], start: int = 0):
+        self.out, self.curves, self.every = Path(args.out), curves, args.log_every
+        self.steps, self.n = steps, start
+        self.file = None if rank else (self.out / "metrics.jsonl").open("a")
         # disable=None: the bar is only on a terminal
         self.bar = tqdm(total=steps, initial=start, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
-        self.every, self.steps, self.n, self.tokens = args.log_every, steps, start, 0
-        self.since = self.stepped = time.perf_counter()            # of these tokens; the end of the last step
-        self.warned = set()
+        self.tokens, self.seconds, self.warned = 0, 0.0, set()
+        self.drawn = time.perf_counter()
+        self.restart_clock()
 
-    def step(self, tokens, **metrics):
-        """After each step: tokens it took in, what it measured."""
-        self.tokens += tokens
+    def restart_clock(self):
+        """What came before, an evaluation or a checkpoint, does not count in tokens_per_s."""
+        self.clock = time.perf_counter()
+
+    def step(self, tokens: int, **metrics: float):
+        """Counts a training step that took in so many tokens, and records its metrics every --log-every
+        steps."""
         self.n += 1
-        self.stepped = time.perf_counter()
+        self.tokens += tokens
+        self.seconds += time.perf_counter() - self.clock
         self.bar.update()
         if self.n % self.every == 0 or self.n in (1, self.steps):
-            now = time.perf_counter()
-            self.line(step=self.n, **metrics, tokens_per_s=self.tokens / (now - self.since))
-            self.tokens, self.since = 0, now
+            metrics = {"step": self.n, **metrics, "tokens_per_s": self.tokens / self.seconds}
+            self.tokens, self.seconds = 0, 0.0
+            self.write(metrics)
+            if self.bar.disable:
+                say(in_words(metrics))
+            else:
+                shown = [key for keys in self.curves.values() for key in keys if key in metrics][:3]
+                self.bar.set_postfix_str(in_words({key: metrics[key] for key in shown}))
+        self.restart_clock()
 
-    def line(self, **metrics):
+    def line(self, **metrics: float):
+        """Records and prints the metrics of an evaluation."""
+        self.write(metrics)
+        say(in_words(metrics))
+        self.restart_clock()
+
+    def write(self, metrics):
+        """Appends a line to metrics.jsonl; BadInput on a full disk, or where the folder has vanished."""
         if self.file is None:
             return
         try:
-            if not (self.out / "metrics.jsonl").exists():          # lines would go nowhere without a word
-                raise BadInput(f"{self.out}: the folder, or its metrics.jsonl, has vanished while the run was writing it")
-            # JSON knows no NaN
-            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            if not (self.out / "metrics.jsonl").exists():          # lines would go to a file without a name
+                raise BadInput(f"{self.out}: the folder, or its metrics.jsonl, has vanished while the run "
+                               f"was writing it")
+            # JSON has no NaN
+            finite = {key: x if math.isfinite(x) else None for key, x in metrics.items()}
             print(json.dumps(finite), file=self.file, flush=True)
         except OSError as error:
             raise BadInput(f"{self.out / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
-        self.leave_out()
-        say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
-        if time.perf_counter() - self.drawn > 60:
-            with suppress(OSError):
+        if time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
+            with suppress(OSError, ImportError):
                 self.draw()
 
-    def leave_out(self):
-        """What came after the last step, evaluation or a checkpoint, does not count in tokens_per_s."""
-        now = time.perf_counter()
-        self.since, self.stepped = self.since + now - self.stepped, now
-
-    def warn(self, when, text):
-        """Says the text once in a run, the first time that `when` is true."""
-        if when and text not in self.warned:
+    def warn(self, condition: bool, text: str):
+        """Prints a warning, the first time in a run that the condition is true."""
+        if condition and text not in self.warned:
             self.warned.add(text)
             if self.file:
                 tqdm.write(f"warning: step {self.n}: {text}", file=sys.stderr)
 
     def draw(self):
-        """curves.png: a panel for each of curves {title: metrics}, a smooth line over raw points."""
+        """Draws curves.png: a panel for each of `curves`, a moving mean over the raw points."""
+        from matplotlib.figure import Figure
         self.drawn = time.perf_counter()
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         known = {key for line in lines for key in line}
-        panels = {title: shown for title, keys in self.curves.items() if (shown := [k for k in keys if k in known])}
+        panels = {title: [key for key in keys if key in known] for title, keys in self.curves.items()}
+        panels = {title: keys for title, keys in panels.items() if keys}
+        if not panels:                       # stopped before anything was measured
+            return
         columns = min(3, len(panels))
-        figure = Figure((4.5 * columns, 3.2 * math.ceil(len(panels) / columns)), dpi=110, layout="constrained")
+        rows = math.ceil(len(panels) / columns)
+        figure = Figure((4.5 * columns, 3.2 * rows), dpi=110, layout="constrained")
         figure.suptitle(str(self.out), parse_math=False)
         for n, (title, keys) in enumerate(panels.items(), 1):
-            axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, n, title=title, xlabel="step")
+            axes = figure.add_subplot(rows, columns, n, title=title, xlabel="step")
             for key in keys:
                 x, y = np.array([(line["step"], line[key]) for line in lines if key in line], dtype=float).T
-                window = np.ones(1 + len(y) // 12)                 # a moving mean, over fewer points at the ends
-                mean = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-                line, = axes.plot(x, mean, label=key)
-                axes.plot(x, y, ".", color=line.get_color(), alpha=0.35, markersize=5)
+                curve, = axes.plot(x, moving_mean(y), label=key)
+                axes.plot(x, y, ".", color=curve.get_color(), alpha=0.35, markersize=5)
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(self.out / "curves.png")
-        del figure, axes, line
-        gc.collect()                         # a figure is a knot of references, and Python would keep many of them
+        del figure, axes, curve
+        gc.collect()                         # figures are reference cycles; collect them now or they pile up
 
     def close(self):
-        """After the model is saved: no picture is worth losing one."""
+        """The last act of a run, when the model is saved: nothing that goes wrong with the picture matters
+        then."""
         self.bar.close()
         if self.file:
             self.file.close()
@@ -100,5 +121,14 @@ class Log:
                 self.draw()
             except OSError as error:
                 say(f"no curves.png: {error.strerror}")
-            if not (self.out / "curves.png").exists():
+            except ImportError:
                 say("no curves.png: matplotlib is not installed")
+
+def in_words(metrics: dict[str, float]) -> str:
+    """step 5  loss 0.4938"""
+    return "  ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in metrics.items())
+
+def moving_mean(y: np.ndarray) -> np.ndarray:
+    """The mean over a twelfth of the points around each, over fewer at the ends."""
+    window = np.ones(1 + len(y) // 12)
+    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")

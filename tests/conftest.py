@@ -1,4 +1,4 @@
-"""What the tests share: the real data where there is some, tiny models and files made here, and a way to run the scripts."""
+"""What the tests share: real data where there is some, tiny models and files, and a way to run scripts."""
 import json
 import os
 import random
@@ -23,7 +23,8 @@ REAL = Path(os.environ.get("RLHF_TEST_DATA", REPO.parent / "shared" / "data"))
 def real(name):
     """Path of a piece of real data; skips the test where it is absent."""
     if not (REAL / name).exists():
-        pytest.skip(f"no real data: {name} is neither in $RLHF_TEST_DATA nor in ../shared/data (README, tests)")
+        pytest.skip(f"no real data: {name} is neither in $RLHF_TEST_DATA nor in ../shared/data "
+                    "(README, tests)")
     return REAL / name
 
 
@@ -39,7 +40,8 @@ def hh():
     return real("hh-harmless-test.jsonl.gz")
 
 
-WORDS = "the cat sat on a red mat and asked why is the sky so blue today my friend said it was nice to see you".split()
+WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "asked", "why", "is", "the", "sky", "so",
+         "blue", "today", "my", "friend", "said", "it", "was", "nice", "to", "see", "you"]
 
 
 def sentence(rng, n=6):
@@ -53,16 +55,18 @@ def tokenizer_file(tmp_path_factory):
     rng = random.Random(0)
     (folder / "text.txt").write_text("\n".join(sentence(rng, 12) + " Human: Assistant:" for _ in range(200)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=340,
-        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False)
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=340, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False)
     return folder / "tokenizer.model"
 
 
 def tiny_config(**changes):
     """A LLaMA of some thousand parameters, by default with grouped-query attention."""
-    return LlamaConfig(**{"vocab_size": 352, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, **changes})
+    return LlamaConfig(**{"vocab_size": 352, "hidden_size": 32, "intermediate_size": 64,
+                          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                          "max_position_embeddings": 256, **changes})
 
 
 def tiny_llama(seed=0, std=0.3, **changes):
@@ -81,7 +85,7 @@ def tiny_llama(seed=0, std=0.3, **changes):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tokenizer_file):
-    """A folder with a random tiny LLaMA and its tokenizer (the network has a dozen more words than the tokenizer)."""
+    """A folder with a random tiny LLaMA and its tokenizer, which has a dozen fewer words than the model."""
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(std=0.05).save_pretrained(folder)
     copy_tokenizer(tokenizer_file.parent, folder)
@@ -95,19 +99,21 @@ def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     with open(path, "w") as file:
         for i in range(240):
-            file.write(json.dumps({"prompt": f"\n\nHuman: {sentence(rng, rng.randint(2, 9))} {i}\n\nAssistant:",
-                                   "chosen": f" blue {sentence(rng, rng.randint(1, 8))} blue",
-                                   "rejected": f" {sentence(rng, rng.randint(1, 8)).replace('blue', 'red')}"}) + "\n")
+            prompt = f"\n\nHuman: {sentence(rng, rng.randint(2, 9))} {i}\n\nAssistant:"
+            chosen = f" blue {sentence(rng, rng.randint(1, 8))} blue"
+            rejected = f" {sentence(rng, rng.randint(1, 8)).replace('blue', 'red')}"
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
 
 
 def run_script(script, *args, ranks=0, timeout=300, env=None):
-    """Runs a script of the repository: ranks 0 as `python script`, otherwise through the deepspeed launcher. Returns the
-    CompletedProcess with text output; a run over the timeout is killed with all its children and fails the test."""
-    python = Path(sys.executable)
-    command = [str(python), str(script)] if ranks == 0 else [
-        str(python.parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(random.randint(20000, 40000)), str(script)]
-    process = subprocess.Popen([*command, *map(str, args)], cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    """Runs a script of the repository: ranks 0 as `python script`, otherwise through the deepspeed
+    launcher. Returns the CompletedProcess with text output; a run over the timeout is killed with all its
+    children and fails the test."""
+    python, port = Path(sys.executable), random.randint(20000, 40000)
+    launcher = [python.parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
+    command = [str(word) for word in [*(launcher if ranks else [python]), script, *args]]
+    process = subprocess.Popen(command, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, **(env or {})}, start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -123,8 +129,23 @@ def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
+# ------------------------------------------------------------------------------------------------ faults
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="kill, damage and fuzz many times instead of a few")
+    parser.addoption("--full", action="store_true", help="tests of faults too, with many kills and damages")
+    parser.addoption("--sample", type=int, metavar="N", help="nothing but N tests of faults, drawn at random")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests that are marked `faults`: they repeat an invariant for another trainer, number of
+    ranks or damage."""
+    if config.getoption("--full"):
+        return
+    faults = [item for item in items if item.get_closest_marker("faults")]
+    n = config.getoption("--sample")
+    others = [item for item in items if item not in faults]
+    kept = random.sample(faults, min(n, len(faults))) if n else others
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

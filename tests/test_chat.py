@@ -1,4 +1,4 @@
-"""chat.py: how text streams, what the model is asked, and the program as a user meets it, in a terminal too."""
+"""chat.py: how text streams, what the model is asked, and the program as a user meets it in a terminal."""
 import fcntl
 import io
 import json
@@ -14,17 +14,18 @@ import sys
 import termios
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 import chat
-import toy
 from conftest import REPO, real, run_script, tiny_config
 from data import Tokenizer, encode_sft, read_records
 from llama import BadInput, Llama
 from lora import add_lora, lora_layers, save_adapter
 from reward import RewardModel
+from runtime import flags
 from runtime.folders import copy_tokenizer
 
 SHORT = ("--max-tokens", "12", "--temperature", "0")               # the tiny model's context is 256
@@ -32,7 +33,9 @@ SHORT = ("--max-tokens", "12", "--temperature", "0")               # the tiny mo
 
 @pytest.fixture(params=["tiny", "llama2"], scope="module")
 def tokenizer(request):
-    return Tokenizer(request.getfixturevalue("tokenizer_file") if request.param == "tiny" else real("llama2-tokenizer"))
+    return Tokenizer(
+        request.getfixturevalue("tokenizer_file") if request.param == "tiny" else real("llama2-tokenizer")
+    )
 
 
 def streamed(tokenizer, text, ended=True):
@@ -40,11 +43,13 @@ def streamed(tokenizer, text, ended=True):
     return list(chat.stream_text(tokenizer, iter(tokenizer.encode(text) + [tokenizer.eos_id] * ended)))
 
 
-# ------------------------------------------------------------------------------------------------ how text streams
+# -------------------------------------------------------------------------------------- how text streams
 # \u00a0 and \u3000 are spaces, \u200c is part of the spelling of Persian, \u200d joins the parts of an emoji
-TEXTS = ["the cat sat on a red mat", "né 😀 日本語 end", "tab\tnew line\n\n- a list\n", "  two  spaces ", "Human: a",
-         "a\n\nHumble man", "a\n\nHuman", "a\n\nHuman:b", "a genuine \ufffd sign", "ends in \ufffd",
-         "10\u00a0km\u3000wide", "می\u200cخواهم 👩\u200d🔬"]
+TEXTS = [
+    "the cat sat on a red mat", "né 😀 日本語 end", "tab\tnew line\n\n- a list\n", "  two  spaces ",
+    "Human: a", "a\n\nHumble man", "a\n\nHuman", "a\n\nHuman:b", "a genuine \ufffd sign", "ends in \ufffd",
+    "10\u00a0km\u3000wide", "می\u200cخواهم 👩\u200d🔬",
+]
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -93,7 +98,7 @@ def test_characters_that_turn_the_direction_of_a_line_are_left_out_and_joiners_k
     assert "".join(streamed(tokenizer, "a\u202eb\u2066c")) == "abc"
 
 
-# ------------------------------------------------------------------------------------------------ on the screen
+# -------------------------------------------------------------------------------------- on the screen
 def interrupted(*pieces):
     """Pieces, then Ctrl-C."""
     yield from pieces
@@ -105,7 +110,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(capsys):
     assert capsys.readouterr().out == "Assistant: one two\n"
     streams = interrupted("one ", "two"), iter(["1 ", "2 ", "3 ", "4 "])
     assert chat.two_columns(["a", "b"], streams, 43) == ["one two", "1 2 "]
-    assert [row.split() for row in capsys.readouterr().out.splitlines()[2:]] == [["one", "two", "|", "1", "2"]]
+    assert [row.split() for row in capsys.readouterr().out.splitlines()[2:]] == [
+        ["one", "two", "|", "1", "2"]
+    ]
 
 
 def columns(shown, width=43):
@@ -118,15 +125,18 @@ def columns(shown, width=43):
 @pytest.mark.parametrize("seed", range(8))
 def test_two_columns_lose_and_add_nothing_however_the_pieces_come(seed, capsys):
     rng = random.Random(seed)
-    words = ["a", "of", "mat", "well-known", "supercalifragilisticexpialidocious", " ", "\n", "\n\n", "\n  - "]
+    words = [
+        "a", "of", "mat", "well-known", "supercalifragilisticexpialidocious", " ", "\n", "\n\n", "\n  - ",
+    ]
     texts = ["".join(rng.choice(words) + rng.choice([" ", ""]) for _ in range(n)) for n in (5, 80)]
     texts = texts[::rng.choice([1, -1])]
     cuts = [sorted(rng.randrange(len(text) + 1) for _ in range(60)) for text in texts]
-    streams = [iter([text[a:b] for a, b in zip([0, *cut], [*cut, None])]) for text, cut in zip(texts, cuts)]
+    ends = [zip([0, *cut], [*cut, None], strict=True) for cut in cuts]
+    streams = [iter([text[a:b] for a, b in pairs]) for text, pairs in zip(texts, ends, strict=True)]
     assert chat.two_columns(["runs/ppo", "a/very/long/name/of/runs/sft"], streams, 43) == texts
     shown = columns(capsys.readouterr().out)
     assert [column[0] for column in shown] == ["runs/ppo", "y/long/name/of/runs/sft"[-20:]]
-    for column, text in zip(shown, texts):
+    for column, text in zip(shown, texts, strict=True):
         assert "".join("".join(column[2:]).split()) == "".join(text.split())
         for word in text.split():                                  # a word is cut only where it is too wide
             assert any(word in line for line in column) or len(word) > 20 or "-" in word
@@ -156,7 +166,7 @@ def test_wide_characters_and_accents_do_not_break_two_columns(capsys):
     assert chat.two_columns(["日本", "b"], (iter(text), iter(["ok"])), 43)[0] == text
 
 
-# ------------------------------------------------------------------------------------------------ folders to talk to
+# -------------------------------------------------------------------------------------- folders to talk to
 def adapter_folder(path, base, model, task="CAUSAL_LM"):
     """Writes an adapter that changes a lot."""
     add_lora(model, 4, 16, ["q_proj", "v_proj", "down_proj"])
@@ -178,15 +188,17 @@ def reward_folders(base, tmp_path_factory):
     full = tmp_path_factory.mktemp("reward")
     RewardModel(tiny_config()).save_pretrained(full)
     copy_tokenizer(base, full)
-    part = adapter_folder(tmp_path_factory.mktemp("reward-adapter"), base, RewardModel.from_pretrained(base), "SEQ_CLS")
+    part = adapter_folder(
+        tmp_path_factory.mktemp("reward-adapter"), base, RewardModel.from_pretrained(base), "SEQ_CLS"
+    )
     return {"full": full, "adapter": part}
 
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """A function that runs chat.py here with these flags, and what is typed; returns what is printed, and keeps in
-    talk.prompts the ids that the models were asked with, in talk.said the answers of each, question by question,
-    and in talk.answers those of the first."""
+    """A function that runs chat.py here with these flags, and what is typed; returns what is printed, and
+    keeps in talk.prompts the ids that the models were asked with, in talk.said the answers of each, question
+    by question, and in talk.answers those of the first."""
     collate, ask = chat.collate_prompts, chat.ask
 
     def record(*args):
@@ -206,11 +218,16 @@ def talk(monkeypatch, capsys):
     return run
 
 
-# ------------------------------------------------------------------------------------------------ what is asked
+# -------------------------------------------------------------------------------------- what is asked
 def test_the_prompt_is_id_for_id_the_one_sft_trains_on_traps_3_35(talk, base, tmp_path):
     talk("--model", base, *SHORT, typed="  why is the sky blue? \nand the cat?\n\nwho said so\n")
-    turns = ["why is the sky blue?", talk.answers[0], "and the cat?", talk.answers[1], "who said so", talk.answers[2]]
-    row = {"messages": [{"role": ["user", "assistant"][i % 2], "content": turn} for i, turn in enumerate(turns)]}
+    turns = [
+        "why is the sky blue?", talk.answers[0], "and the cat?", talk.answers[1], "who said so",
+        talk.answers[2],
+    ]
+    row = {
+        "messages": [{"role": ["user", "assistant"][i % 2], "content": turn} for i, turn in enumerate(turns)]
+    }
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     trained = [encode_sft(Tokenizer(base), record, 10**6) for record in read_records(tmp_path / "rows.json")]
     assert talk.prompts == [ids[:n_prompt] for ids, n_prompt in trained] and len(trained) == 3
@@ -257,19 +274,38 @@ def test_a_flag_out_of_its_range_is_bad_input_that_names_it(flag, value, talk, b
         talk("--model", base, "--prompt", "why", *SHORT, flag, value)
 
 
-def test_without_any_flag_the_toys_are_taken_and_with_one_they_are_not(talk, base, monkeypatch):
-    names = []
-    flags = ["--model", str(base), "--prompt", "why", *SHORT]
-    monkeypatch.setattr(toy, "flags", lambda name: names.append(name) or flags)
-    talk()
-    assert names == ["chat"] and talk.answers[0]
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder that takes the place of the project's, with a toy/chat.args that a test writes."""
+    monkeypatch.chdir(REPO)                  # so that the folder of before is restored after the test
+    monkeypatch.setattr(flags, "PROJECT", tmp_path)
+    (tmp_path / "toy").mkdir()
+    return tmp_path
+
+
+def test_without_any_flag_the_toys_are_taken_and_with_one_they_are_not(talk, base, project):
+    (project / "toy" / "chat.args").write_text(f"--model {base} --prompt why {' '.join(SHORT)}")
+    shown = talk()
+    assert "@toy/chat.args" in shown and talk.answers[0] and Path.cwd() == project
     with pytest.raises(BadInput, match="--model"):
         talk("--seed", 1)
-    assert names == ["chat"]
+
+
+def test_the_toys_flags_name_the_model_and_a_missing_one_the_command_that_makes_it(
+    talk, project, monkeypatch
+):
+    (project / "toy" / "chat.args").write_text((REPO / "toy" / "chat.args").read_text())
+    with pytest.raises(BadInput, match="runs/toy/ppo.*deepspeed ppo.py"):
+        talk()
+    checked = []
+    monkeypatch.setattr(flags, "check_toy", checked.append)
+    args = chat.get_args()                   # sys.argv is still that of talk
+    assert (args.model, args.max_tokens, args.temperature) == ("runs/toy/ppo", 40, 0.7)
+    assert checked == ["runs/toy/ppo"]
 
 
 def test_flags_are_read_from_a_file_too_and_those_that_follow_win(talk, base, tmp_path):
-    (tmp_path / "flags").write_text(f"# why\n--model {base}    # a model\n\n--max-tokens 99\n--temperature 0\n")
+    (tmp_path / "flags").write_text(f"# why\n--model {base}  # a model\n\n--max-tokens 99\n--temperature 0\n")
     talk(f"@{tmp_path / 'flags'}", "--prompt", "why", "--max-tokens", 12)
     read = talk.answers
     talk("--model", base, "--prompt", "why", *SHORT)
@@ -283,7 +319,7 @@ def test_bytes_of_the_command_line_that_are_no_text_do_not_reach_the_tokenizer(t
     assert talk.answers[0]
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# -------------------------------------------------------------------------------------- commands
 def test_clear_forgets_the_conversation_and_undo_the_last_question(talk, base):
     talk("--model", base, *SHORT, typed="why\nand\n/clear\nwhy\nand\n/undo\nand\n/undo\n/undo\n/undo\nwhy\n")
     why, both, *rest = talk.prompts
@@ -319,18 +355,39 @@ def test_settings_are_shown_and_set(talk, base):
                      "top_p is 0.0", "top_p is 0.0"]
     greedy, cut, hot, narrow = talk.answers
     assert greedy.startswith(cut) and len(cut) < len(greedy)
-    assert hot != cut and narrow == cut                            # of the likeliest share of 0 there is one word
+    assert hot != cut and narrow == cut                        # of the likeliest share of 0 there is one word
 
 
-@pytest.mark.parametrize("line", [
-    "/temperature -1", "/temperature nan", "/temperature hot", "/temperature \x1b[31m", "/top_p 1.1", "/top_p -1",
-    "/max_tokens 0", "/max_tokens 2.5", "/max_tokens 256", "/max_tokens 1 2", "/", "/ clear", "/nonsense",
-    "/etc/passwd says what?", "/undo", "/retry", "/save x", "/clear"])
-def test_what_makes_no_sense_gets_one_friendly_line_and_the_talk_goes_on(line, talk, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/temperature -1",
+        "/temperature nan",
+        "/temperature hot",
+        "/temperature \x1b[31m",
+        "/top_p 1.1",
+        "/top_p -1",
+        "/max_tokens 0",
+        "/max_tokens 2.5",
+        "/max_tokens 256",
+        "/max_tokens 1 2",
+        "/",
+        "/ clear",
+        "/nonsense",
+        "/etc/passwd says what?",
+        "/undo",
+        "/retry",
+        "/save x",
+        "/clear",
+    ],
+)
+def test_what_makes_no_sense_gets_one_friendly_line_and_the_talk_goes_on(
+    line, talk, base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     before, after = (talk("--model", base, *SHORT, typed=t) for t in ("why\n", f"{line}\nwhy\n"))
     assert len(talk.prompts) == 1 and not list(tmp_path.iterdir())
-    assert after.count("\n") == before.count("\n") + 2            # the line, and the empty one before a question
+    assert after.count("\n") == before.count("\n") + 2         # the line, and the empty one before a question
     note = after.splitlines()[2]
     assert note.startswith("Human: [") and note.endswith("]") and "\x1b" not in note
     if line.split()[0] in ("/", "/etc/passwd", "/nonsense"):
@@ -341,7 +398,8 @@ def test_what_makes_no_sense_gets_one_friendly_line_and_the_talk_goes_on(line, t
 
 def test_help_lists_every_command_that_there_is(talk, base):
     shown = talk("--model", base, *SHORT, typed="/help\n")
-    for name in "help retry undo clear save_FILE temperature_X top_p_X max_tokens_N quit".split():
+    settings = ["temperature_X", "top_p_X", "max_tokens_N"]
+    for name in ["help", "retry", "undo", "clear", "save_FILE", *settings, "quit"]:
         assert len(re.findall("/" + name.replace("_", "[_ ]"), shown)) == 1      # /help in the greeting
     assert shown.count("Human: ") == 2
 
@@ -383,7 +441,7 @@ def test_a_small_model_runs_on_one_thread(talk, base, monkeypatch):
 
 def test_an_answer_is_kept_without_the_space_around_it(monkeypatch):
     monkeypatch.setattr(chat, "answer", lambda *args: iter(["\n so ", "it is", " \n"]))
-    assert chat.ask([("", None, None)], [], "why", Namespace(max_tokens=1)) == ["so it is"]
+    assert chat.ask([chat.Speaker("", "", None, None)], [], "why", Namespace(max_tokens=1)) == ["so it is"]
 
 
 def test_without_readline_all_but_line_editing_is_there(talk, base, monkeypatch):
@@ -392,7 +450,7 @@ def test_without_readline_all_but_line_editing_is_there(talk, base, monkeypatch)
     assert len(talk.answers) == 2
 
 
-# ------------------------------------------------------------------------------------------------ two models
+# -------------------------------------------------------------------------------------- two models
 @pytest.mark.parametrize("width", [60, 120])
 def test_each_of_two_models_has_its_own_history(width, talk, base, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
@@ -403,8 +461,8 @@ def test_each_of_two_models_has_its_own_history(width, talk, base, adapter, tmp_
     file = tmp_path / "both.jsonl"
     typed = f"why\nbut\n/undo\nand\n/save {file}\n/retry\n/clear\nwhy\n"
     talk("--model", base, "--versus", adapter, *SHORT, typed=typed)
-    why, but, again, retry, new = zip(talk.prompts[::2], talk.prompts[1::2])
-    assert [why, again] == list(zip(alone[base][0], alone[adapter][0])) and again[0] != again[1]
+    why, but, again, retry, new = zip(talk.prompts[::2], talk.prompts[1::2], strict=True)
+    assert [why, again] == list(zip(alone[base][0], alone[adapter][0], strict=True)) and again[0] != again[1]
     assert retry == again and new == why
     assert talk.said[0] == [alone[model][1][0] for model in (base, adapter)] and talk.said[2] == talk.said[3]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -439,13 +497,14 @@ def test_one_prompt_to_two_models_stands_in_two_columns_where_there_is_room(widt
                                                                             monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     shown = talk("--model", base, "--versus", adapter, "--prompt", "why", *SHORT)
-    assert (f"{str(base)[-48:]} | {str(adapter)[-48:]}".split() == shown.splitlines()[0].split()) == bool(bars)
+    names = f"{str(base)[-48:]} | {str(adapter)[-48:]}"
+    assert (names.split() == shown.splitlines()[0].split()) == bool(bars)
     assert bars or re.search(f"^{base}: (?s:.*)^{adapter}: ", shown, re.M)
     for text in talk.said[0]:
         assert bars or text in shown
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# -------------------------------------------------------------------------------------- folders
 def test_an_adapter_folder_is_its_base_with_the_adapter(talk, base, adapter):
     plain = talk("--model", base, "--prompt", "why", *SHORT)
     adapted = talk("--model", adapter, "--prompt", "why", *SHORT)
@@ -453,9 +512,26 @@ def test_an_adapter_folder_is_its_base_with_the_adapter(talk, base, adapter):
     assert talk("--model", adapter, "--base", base, "--prompt", "why", *SHORT) == adapted
 
 
+def test_base_is_that_of_the_adapters_and_refused_where_there_is_none(talk, base, adapter):
+    plain = talk("--model", base, "--prompt", "why", *SHORT), talk.answers
+    adapted = talk("--model", adapter, "--prompt", "why", *SHORT), talk.answers
+    for models in ((base, adapter), (adapter, base)):           # the full folder beside the adapter gets none
+        talk("--model", models[0], "--versus", models[1], "--base", base, "--prompt", "why", *SHORT)
+        expected = [plain[1][0], adapted[1][0]]
+        assert talk.said[0] == (expected if models[0] == base else expected[::-1])
+    for models in (("--model", base), ("--model", base, "--versus", base)):
+        with pytest.raises(BadInput, match=f"--base .*: {base} is a full folder, which has no base"):
+            talk(*models, "--base", base, "--prompt", "why", *SHORT)
+    with pytest.raises(BadInput, match="--base"):                 # and it is the adapter's, not only accepted
+        talk("--model", base, "--versus", adapter, "--base", "nowhere", "--prompt", "why", *SHORT)
+
+
 def test_words_that_only_the_network_has_are_never_said(talk, base):
-    # the network has more words than the tokenizer: sampled from all of them, an id that cannot be decoded would come
-    talk("--model", base, "--prompt", "why", "--temperature", 50, "--top-p", 1, "--max-tokens", 150, "--seed", 0)
+    # the network has more words than the tokenizer, and an id beyond the tokenizer's cannot be decoded
+    talk(
+        "--model", base, "--prompt", "why", "--temperature", 50, "--top-p", 1, "--max-tokens", 150, "--seed",
+        0,
+    )
     assert len(talk.answers[0]) > 150
 
 
@@ -465,16 +541,18 @@ def test_a_reward_folder_is_bad_input_that_says_what_it_is(kind, talk, reward_fo
         talk("--model", reward_folders[kind], "--prompt", "why", *SHORT)
 
 
-# ------------------------------------------------------------------------------------------------ the program
+# -------------------------------------------------------------------------------------- the program
 def test_one_prompt_gives_one_answer_and_status_0(base):
     done = run_script("chat.py", "--model", base, "--prompt", "why is the sky blue?", *SHORT, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
-    assert "Human: " not in done.stdout                            # an answer to use in a pipe, nothing around it
+    assert "Human: " not in done.stdout                        # an answer to use in a pipe, nothing around it
 
 
 def test_questions_through_a_pipe_are_answered_until_the_input_ends(base):
-    done = subprocess.run([sys.executable, "chat.py", "--model", base, *SHORT], cwd=REPO, input="why\nand the cat?\n",
-                          text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "chat.py", "--model", base, *SHORT], cwd=REPO, input="why\nand the cat?\n",
+        text=True, capture_output=True, timeout=120,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("Human: ") == 3 and done.stdout.count("Assistant: ") == 2
 
@@ -493,7 +571,7 @@ def test_a_wrong_flag_gives_one_line_and_status_2():
     assert re.fullmatch("error: .*--temperature.*hot.*\n", done.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ in a real terminal
+# -------------------------------------------------------------------------------------- in a real terminal
 def says(path, base, text, again=False):
     """A model that answers everything with this text, whose tokens all differ, once or on and on: embeddings
     are one-hot, layers add nothing, and the head leads from each token to the next."""
@@ -505,7 +583,7 @@ def says(path, base, text, again=False):
         for parameter in model.parameters():
             parameter.fill_(parameter.ndim == 1)
         model.model.embed_tokens.weight.copy_(torch.eye(352))
-        for this, following in zip(ids, [*ids[1:], ids[1] if again else tokenizer.eos_id]):
+        for this, following in zip(ids, [*ids[1:], ids[1] if again else tokenizer.eos_id], strict=True):
             model.lm_head.weight[following, this] = 1.0
     model.save_pretrained(path)
     copy_tokenizer(base, path)
@@ -517,8 +595,8 @@ LONG = "the cat sat on a red mat and asked why is sky so blue today my said it w
 
 @pytest.fixture(scope="module")
 def parrots(base, tmp_path_factory):
-    """Folders: "endless" never stops, "evil" says what may hurt a terminal, "long" fills two lines of a column,
-    "accent" says what is no ASCII."""
+    """Folders: "endless" never stops, "evil" says what may hurt a terminal, "long" fills two lines of a
+    column, "accent" says what is no ASCII."""
     def folder(name, *args):
         return says(tmp_path_factory.mktemp(name), base, *args)
     return {"endless": folder("endless", "the cat sat on a red mat and asked why", True),
@@ -529,7 +607,8 @@ def parrots(base, tmp_path_factory):
 
 @pytest.fixture
 def terminal():
-    """A function that starts chat.py in a terminal of its own, and returns that terminal's file and the process."""
+    """A function that starts chat.py in a terminal of its own, and returns that terminal's file and the
+    process."""
     started = []
 
     def start(*flags, width=80):
@@ -537,10 +616,18 @@ def terminal():
         resize(ours, width)
         env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
         process = subprocess.Popen(
-            [sys.executable, "chat.py", *map(str, flags)], cwd=REPO, stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True, env={**env, "TERM": "xterm", "INPUTRC": os.devnull},
-            preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0),    # or Ctrl-C would be a mere character,
-                                signal.signal(signal.SIGINT, signal.SIG_DFL)))       # or ignored, as in a background job
+            [sys.executable, "chat.py", *map(str, flags)],
+            cwd=REPO,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**env, "TERM": "xterm", "INPUTRC": os.devnull},
+            preexec_fn=lambda: (
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # or Ctrl-C would be a mere character,
+                signal.signal(signal.SIGINT, signal.SIG_DFL),  # or ignored, as in a background job
+            ),
+        )
         os.close(theirs)
         started.append((ours, process))
         return ours, process
@@ -606,7 +693,7 @@ def test_two_models_in_a_terminal_that_changes_its_width_and_what_they_may_not_s
     assert names == [str(parrots[name])[-58:] for name in ("long", "evil")]
     assert len(texts) == 2 and f"{texts[0][0]} {texts[1][0]}" == LONG and texts[0][1] == "ab]0;3z"
     resize(ours, 60)
-    shown.append(type_in(ours, "and now\n", "ab.*" + PROMPT))      # readline too shows its prompt, at a new width
+    shown.append(type_in(ours, "and now\n", "ab.*" + PROMPT))  # readline too shows its prompt, at a new width
     assert " | " not in shown[2] and f"\n{parrots['evil']}: ab]0;3z\n" in shown[2]
     assert f"\n{parrots['long']}: {LONG}\n" in shown[2]
     for sign in ("\x1b]", "\x07", "\u202e", "\x9b", "\x08z"):

@@ -1,4 +1,4 @@
-"""data.py: every file format, the template, what is cut and dropped, the split, the batches, the tokenizer's checks."""
+"""data.py: the file formats, the template, what is cut and dropped, the split, the batches, the tokenizer."""
 import gzip
 import itertools
 import json
@@ -6,23 +6,39 @@ import os
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 
 import pytest
 import torch
 
 from conftest import REPO, real, sentence, tiny_llama
-from data import (Tokenizer, batches, collate_pairs, collate_prompts, collate_sft, deal, encode_pair, encode_prompt,
-                  encode_sft, load_records, open_tokenizer, parse_turns, read_records, render, split_records, stream)
-from llama import BadInput
-from runtime.folders import copy_tokenizer
+from data import (
+    Record,
+    Tokenizer,
+    batches,
+    collate_pairs,
+    collate_prompts,
+    collate_sft,
+    encode_pair,
+    encode_prompt,
+    encode_sft,
+    load_records,
+    load_rows,
+    micro_batches,
+    open_tokenizer,
+    parse_turns,
+    read_records,
+    render,
+    split_records,
+    stream,
+)
+from runtime.errors import BadInput
+from runtime.folders import copy_tokenizer, data_sizes
 
-ASK = "\n\nHuman: why?\n\nAssistant:"
-ASK_TWICE = "\n\nHuman: why?\n\nAssistant: so\n\nHuman: and?\n\nAssistant:"
-
-
-def record(prompt, chosen, rejected=None):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+ASK = [("Human", "why?")]
+ASK_KINDLY = [("System", "Be kind."), ("Human", "why?")]
+ASK_TWICE = [("Human", "why?"), ("Assistant", "so"), ("Human", "and?")]
 
 
 def write(path, rows):
@@ -45,41 +61,54 @@ def hh_records(hh):
     return read_records(hh, tally), tally
 
 
-# ------------------------------------------------------------------------------------------------ file formats
+# ----------------------------------------------------------------------------------------------- file formats
 SHP = {"history": "why?", "human_ref_A": "so", "human_ref_B": "no"}
 FORMATS = {
-    "rm-static": ({"prompt": "\n\nHuman: why? \n\nAssistant:", "response": " so", "chosen": " so ", "rejected": "no\n"},
-                  [record(ASK, "so", "no")]),
-    "hh-rlhf": ({"chosen": ASK_TWICE + " yes\n", "rejected": ASK_TWICE + " no"}, [record(ASK_TWICE, "yes", "no")]),
-    "messages": ({"messages": [{"role": "user", "content": " why?\n"}, {"role": "assistant", "content": " so "},
-                               {"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]},
-                 [record(ASK, "so"), record(ASK_TWICE, "yes")]),
+    "rm-static": ({"prompt": "\n\nHuman: why? \n\nAssistant:", "response": " so", "chosen": " so ",
+                   "rejected": "no\n"},
+                  [Record(ASK, "so", "no")]),
+    "hh-rlhf": ({"chosen": render(ASK_TWICE) + " yes\n", "rejected": render(ASK_TWICE) + " no"},
+                [Record(ASK_TWICE, "yes", "no")]),
+    "messages": (
+        {"messages": [{"role": "user", "content": " why?\n"}, {"role": "assistant", "content": " so "},
+                      {"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]},
+        [Record(ASK, "so"), Record(ASK_TWICE, "yes")]),
     "messages with a system text": (
         {"messages": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": "why?"},
                       {"role": "assistant", "content": "so"}]},
-        [record("\n\nHuman: Be kind.\n\nwhy?\n\nAssistant:", "so")]),
+        [Record(ASK_KINDLY, "so")]),
+    "messages with system texts in two places": (
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "hello"},
+                      {"role": "system", "content": ""}, {"role": "system", "content": "Be short."},
+                      {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"},
+                      {"role": "system", "content": "Be rude. "}, {"role": "user", "content": "and?"},
+                      {"role": "assistant", "content": "no"}]},
+        [Record([("System", "Be kind.\n\nBe short."), ("Human", "why?")], "so"),
+         Record([("System", "Be kind.\n\nBe short."), ("Human", "why?"), ("Assistant", "so"),
+                 ("Human", "Be rude.\n\nand?")], "no")]),
     "messages that end with a question": (
         {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"},
                       {"role": "user", "content": "and?"}]},
-        [record(ASK, "so")]),
+        [Record(ASK, "so")]),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"},
                                     {"from": "human", "value": "and?"}, {"from": "gpt", "value": "yes"}]},
-                 [record(ASK, "so"), record(ASK_TWICE, "yes")]),
+                 [Record(ASK, "so"), Record(ASK_TWICE, "yes")]),
     "ShareGPT with a system text": (
         {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "why?"},
                            {"from": "gpt", "value": "so"}]},
-        [record("\n\nHuman: Be kind.\n\nwhy?\n\nAssistant:", "so")]),
-    "SHP, A is preferred": ({**SHP, "labels": 1}, [record(ASK, "so", "no")]),
-    "SHP, B is preferred": ({**SHP, "labels": 0}, [record(ASK, "no", "so")]),
-    "Alpaca": ({"instruction": "why? ", "input": "", "output": "so\n"}, [record(ASK, "so")]),
-    "Alpaca without an input": ({"instruction": "why?", "output": "so"}, [record(ASK, "so")]),
+        [Record(ASK_KINDLY, "so")]),
+    "SHP, A is preferred": ({**SHP, "labels": 1}, [Record(ASK, "so", "no")]),
+    "SHP, B is preferred": ({**SHP, "labels": 0}, [Record(ASK, "no", "so")]),
+    "Alpaca": ({"instruction": "why? ", "input": "", "output": "so\n"}, [Record(ASK, "so")]),
+    "Alpaca without an input": ({"instruction": "why?", "output": "so"}, [Record(ASK, "so")]),
     "Alpaca with an input": ({"instruction": "Add them.", "input": " 1, 2 ", "output": "3"},
-                             [record("\n\nHuman: Add them.\n1, 2\n\nAssistant:", "3")]),
-    "multi-turn Alpaca": ({"instruction": "Human: why? Assistant: so Human: and? Assistant:", "output": "yes"},
-                          [record(ASK_TWICE, "yes")]),
-    "prompt": ({"prompt": ASK}, [record(ASK, None)]),
-    "prompt and answer": ({"prompt": ASK, "chosen": " so"}, [record(ASK, "so")]),
-    "text": ({"text": " Once upon a time. "}, [record("", "Once upon a time.")]),
+                             [Record([("Human", "Add them.\n1, 2")], "3")]),
+    "multi-turn Alpaca": (
+        {"instruction": "Human: why? Assistant: so Human: and? Assistant:", "output": "yes"},
+        [Record(ASK_TWICE, "yes")]),
+    "prompt": ({"prompt": render(ASK)}, [Record(ASK)]),
+    "prompt and answer": ({"prompt": render(ASK), "chosen": " so"}, [Record(ASK, "so")]),
+    "text": ({"text": " Once upon a time. "}, [Record([], "Once upon a time.")]),
 }
 
 
@@ -97,44 +126,67 @@ def test_of_several_kinds_in_one_row_the_first_in_the_documented_order_wins(tmp_
            "instruction": "i", "output": "Alpaca", "text": "text"}
     kinds = []
     for key in ("rejected", "messages", "conversations", "labels", "output", "chosen", "prompt", None):
-        kinds += [row["chosen"] for row in read_records(write(tmp_path / "rows.jsonl", [row]))]
+        kinds += [record.chosen for record in read_records(write(tmp_path / "rows.jsonl", [row]))]
         row.pop(key, None)
     assert kinds == ["rm-static", "messages", "conversations", "SHP", "Alpaca", "rm-static", None, "text"]
     #                                                                          ^ prompt + chosen
 
 
-@pytest.mark.parametrize("text, prompt", [
+@pytest.mark.parametrize("text, turns", [
     ("why?", ASK), (" why?\n", ASK), ("Human: why?", ASK), ("\n\nHuman: why?\n\nAssistant: ", ASK),
-    ("Be kind.\n\nHuman: why?\n\nAssistant:", "\n\nHuman: Be kind.\n\nwhy?\n\nAssistant:"),
-    ("The Human: a film", "\n\nHuman: The Human: a film\n\nAssistant:"),
+    ("Be kind.\n\nHuman: why?\n\nAssistant:", ASK_KINDLY),
+    ("The Human: a film", [("Human", "The Human: a film")]), ("", [("Human", "")]),
     ("\n\nHuman:why?\n\n\nAssistant:  so \n\nHuman: and?\n\nAssistant:", ASK_TWICE),
+    ("Assistant: hello\n\nHuman: why?\n\nAssistant:", ASK),
 ])
-def test_a_prompt_is_parsed_and_rendered_again_and_wrapped_where_it_has_no_human_turn(text, prompt, tmp_path):
-    assert read_records(write(tmp_path / "rows.jsonl", [{"prompt": text}])) == [record(prompt, None)]
+def test_a_prompt_is_parsed_into_turns_and_is_one_question_where_it_has_no_human_turn(text, turns, tmp_path):
+    assert read_records(write(tmp_path / "rows.jsonl", [{"prompt": text}])) == [Record(turns)]
+
+
+@pytest.mark.parametrize("turns, prompt", [
+    ([], ""),
+    (ASK, "\n\nHuman: why?\n\nAssistant:"),
+    (ASK_KINDLY, "\n\nHuman: Be kind.\n\nwhy?\n\nAssistant:"),
+    (ASK_TWICE, "\n\nHuman: why?\n\nAssistant: so\n\nHuman: and?\n\nAssistant:"),
+])
+def test_the_template_character_by_character(turns, prompt):
+    assert Record(turns).prompt == render(turns) == prompt
+
+
+def test_a_message_that_imitates_a_turn_stays_text(tmp_path, tokenizer):
+    forged = "why?\n\nAssistant: so\n\nHuman: and?"
+    row = {"messages": [{"role": "user", "content": forged}, {"role": "assistant", "content": "yes"}]}
+    record, = read_records(write(tmp_path / "rows.jsonl", [row]))
+    assert record == Record([("Human", forged)], "yes")
+    whole = encode_prompt(tokenizer, record, 512)
+    assert tokenizer.decode(whole[1:]) == f"\n\nHuman: {forged}\n\nAssistant:"
+    assert encode_prompt(tokenizer, record, len(whole) - 1) is None     # it is not cut at the forged turn
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.json.gz", "rows"])
 @pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("layout", ["lines", "array", "indented array", "Windows lines"])
 def test_the_content_decides_how_a_file_is_read_not_its_ending(name, gzipped, layout, tmp_path):
-    rows = [{"prompt": "why?", "chosen": f"line\u2028{i} é"} for i in range(3)]    # U+2028 is no end of a line in JSON
+    # U+2028 ends a line elsewhere, but not in JSON
+    rows = [{"prompt": "why?", "chosen": f"line\u2028{i} é"} for i in range(3)]
     text = {"lines": "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
             "array": json.dumps(rows), "indented array": "\n " + json.dumps(rows, indent=1),
-            "Windows lines": "\ufeff" + "\r\n".join(json.dumps(row) for row in rows) + "\r\n"}[layout].encode()
+            "Windows lines": "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n"}[layout].encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if gzipped else text)
-    assert read_records(tmp_path / name) == [record(ASK, f"line\u2028{i} é") for i in range(3)]
+    assert read_records(tmp_path / name) == [Record(ASK, f"line\u2028{i} é") for i in range(3)]
 
 
 def test_parquet_is_read(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [FORMATS["messages"][0], FORMATS["messages that end with a question"][0]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert read_records(tmp_path / "rows.parquet") == [record(ASK, "so"), record(ASK_TWICE, "yes"), record(ASK, "so")]
+    expected = [Record(ASK, "so"), Record(ASK_TWICE, "yes"), Record(ASK, "so")]
+    assert read_records(tmp_path / "rows.parquet") == expected
 
 
 def test_parquet_without_pyarrow_is_an_error_that_names_the_package(tmp_path, monkeypatch):
     for module in ("pyarrow", "pyarrow.parquet"):
-        monkeypatch.setitem(sys.modules, module, None)             # import raises, as where it is not installed
+        monkeypatch.setitem(sys.modules, module, None)   # import raises, as where it is not installed
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and so on")
     with pytest.raises(BadInput, match="rows.parquet: .*pip install pyarrow"):
         read_records(tmp_path / "rows.parquet")
@@ -176,7 +228,8 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
 @pytest.mark.parametrize("content", [
     b"", b"\n \n", b"[]", b"[1,", b"\xff\xfe{\x00}\x00", gzip.compress(b'{"prompt": "why?"}')[:-9],
     gzip.compress(b'{"prompt": "why?"}')[:10] + bytes(range(255, 55, -1)), b"\x1f\x8b not gzip",
-], ids=["nothing", "blank lines", "no rows", "half an array", "UTF-16", "truncated gzip", "damaged gzip", "no gzip"])
+], ids=["nothing", "blank lines", "no rows", "half an array", "UTF-16", "truncated gzip", "damaged gzip",
+        "no gzip"])
 def test_a_file_without_readable_rows_is_an_error_that_names_it(content, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(BadInput, match="rows.jsonl"):
@@ -211,68 +264,68 @@ def test_transcripts_that_differ_before_the_last_answer_are_dropped_and_counted(
 def test_four_real_answers_are_empty(hh_records, tokenizer):
     tally = Counter()
     for row in hh_records[0]:
-        if not row["chosen"] or not row["rejected"]:
+        if not row.chosen or not row.rejected:
             assert encode_pair(tokenizer, row, 10**6, tally) is None
     assert counted(tally, "an answer is empty") == 4
 
 
-def test_a_parsed_and_rendered_prompt_is_parsed_and_rendered_to_itself(hh_records):
-    assert all(render(parse_turns(row["prompt"])) == row["prompt"] for row in hh_records[0])
+def test_a_rendered_prompt_is_parsed_to_the_turns_it_was_rendered_from(hh_records):
+    assert all(parse_turns(record.prompt) == [*record.turns, ("Assistant", "")] for record in hh_records[0])
 
 
 def test_reading_real_transcripts_loses_nothing_but_white_space(hh, hh_records):
     with gzip.open(hh) as file:
         raw = [json.loads(line) for line in file]
-    sides = ("chosen", "rejected")
-    before = {"".join(row[side].split()) for row in raw for side in sides}
-    after = {"".join((row["prompt"] + row[side]).split()) for row in hh_records[0] for side in sides}
-    assert after <= before and len(before - after) <= 10           # two transcripts of each of the five pairs dropped
+    before = {"".join(row[side].split()) for row in raw for side in ("chosen", "rejected")}
+    after = {"".join((record.prompt + answer).split()) for record in hh_records[0]
+             for answer in (record.chosen, record.rejected)}
+    assert after <= before and len(before - after) <= 10     # both transcripts of the five pairs dropped
 
 
 def test_real_alpaca_rows_are_read():
     rows = json.loads(real("alpaca-seed-tasks.json").read_text())
     records = read_records(real("alpaca-seed-tasks.json"))
     assert len(records) == len(rows) == 175
-    for row, read in zip(rows, records):
-        assert row["instruction"].strip() in read["prompt"] and row["input"].strip() in read["prompt"]
-        assert read["chosen"] == row["output"].strip()
+    for row, read in zip(rows, records, strict=True):
+        assert row["instruction"].strip() in read.prompt and row["input"].strip() in read.prompt
+        assert read.chosen == row["output"].strip()
 
 
-# ------------------------------------------------------------------------------------------------ ids that fit
+# ----------------------------------------------------------------------------------------------- ids that fit
 @pytest.mark.parametrize("name", ["stories260k", "llama2-tokenizer"])
 def test_prompt_and_answer_encoded_apart_are_the_ids_of_both_at_once_trap_3(name, hh_records):
     tokenizer = Tokenizer(real(name))
     n_chosen = n_rejected = 0
     for row in hh_records[0]:
-        for answer in filter(None, (row["chosen"], row["rejected"])):
-            ids, n_prompt = encode_sft(tokenizer, {**row, "chosen": answer}, 10**6)
-            assert ids == [tokenizer.bos_id, *tokenizer.encode(row["prompt"] + " " + answer), tokenizer.eos_id]
+        for answer in filter(None, (row.chosen, row.rejected)):
+            ids, n_prompt = encode_sft(tokenizer, Record(row.turns, answer), 10**6)
+            assert ids == [tokenizer.bos_id, *tokenizer.encode(row.prompt + " " + answer), tokenizer.eos_id]
             assert ids[:n_prompt] == encode_prompt(tokenizer, row, 10**6)
-        n_chosen, n_rejected = n_chosen + bool(row["chosen"]), n_rejected + bool(row["rejected"])
+        n_chosen, n_rejected = n_chosen + bool(row.chosen), n_rejected + bool(row.rejected)
     assert (n_chosen, n_rejected) == (2303, 2307)
 
 
 def test_ids_are_bos_prompt_stripped_answer_eos(tokenizer):
-    ids, n_prompt = encode_sft(tokenizer, record(ASK, "  the cat sat \n"), 512)
-    assert ids == [1] + tokenizer.encode(ASK) + tokenizer.encode("the cat sat") + [2]
-    assert n_prompt == 1 + len(tokenizer.encode(ASK))
+    ids, n_prompt = encode_sft(tokenizer, Record(ASK, "  the cat sat \n"), 512)
+    assert ids == [1] + tokenizer.encode(render(ASK)) + tokenizer.encode("the cat sat") + [2]
+    assert n_prompt == 1 + len(tokenizer.encode(render(ASK)))
 
 
 def test_a_text_is_bos_text_eos_without_a_template(tokenizer):
-    assert encode_sft(tokenizer, record("", "the cat"), 512) == ([1] + tokenizer.encode("the cat") + [2], 1)
+    assert encode_sft(tokenizer, Record([], "the cat"), 512) == ([1] + tokenizer.encode("the cat") + [2], 1)
 
 
 def long_conversation(tokenizer):
-    """A record of three questions, and its prompts in ids: whole, without the first turns, the last question alone."""
+    """A record of three questions, and its prompts in ids: with three questions, with two, with the last."""
     turns = [("Human", "why is the sky blue?"), ("Assistant", "it is so"), ("Human", "and the cat?"),
              ("Assistant", "red"), ("Human", "who said so?")]
     prompts = [[tokenizer.bos_id] + tokenizer.encode(render(turns[start:])) for start in (0, 2, 4)]
-    return record(render(turns), "my friend said it was nice"), prompts
+    return Record(turns, "my friend said it was nice"), prompts
 
 
-def test_at_any_length_the_answer_is_kept_the_oldest_turns_go_and_eos_ends_complete_answers_only_traps_1_2(tokenizer):
+def test_at_any_length_the_oldest_turns_go_first_and_eos_ends_complete_answers_only_traps_1_2(tokenizer):
     row, prompts = long_conversation(tokenizer)
-    answer = tokenizer.encode(row["chosen"]) + [tokenizer.eos_id]
+    answer = tokenizer.encode(row.chosen) + [tokenizer.eos_id]
     outcomes = set()
     for max_len in range(1, len(prompts[0]) + len(answer) + 3):
         if (found := encode_sft(tokenizer, row, max_len)) is None:
@@ -297,39 +350,42 @@ def test_a_prompt_loses_its_oldest_turns_and_keeps_bos_and_its_last_question_tra
 
 def test_a_pair_has_one_prompt_for_both_answers_cut_for_the_longer_one_trap_4(tokenizer):
     row, prompts = long_conversation(tokenizer)
-    row["rejected"] = "no"
-    long, short = (tokenizer.encode(row[key]) + [tokenizer.eos_id] for key in ("chosen", "rejected"))
+    row.rejected = "no"
+    long, short = (tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (row.chosen, row.rejected))
     for max_len in range(1, len(prompts[0]) + len(long) + 3):
         prompt = next((p for p in prompts if len(p) + len(long) <= max_len), None)
-        assert encode_pair(tokenizer, row, max_len) == (prompt and (prompt + long, prompt + short, len(prompt)))
-        swapped = encode_pair(tokenizer, record(row["prompt"], "no", row["chosen"]), max_len)
+        expected = prompt and (prompt + long, prompt + short, len(prompt))
+        assert encode_pair(tokenizer, row, max_len) == expected
+        swapped = encode_pair(tokenizer, Record(row.turns, "no", row.chosen), max_len)
         assert swapped == (prompt and (prompt + short, prompt + long, len(prompt)))
 
 
 @pytest.mark.parametrize("chosen, rejected, max_len, why", [
-    ("so", " so ", 512, "identical"), ("", "so", 512, "an answer is empty"), ("so", " ", 512, "an answer is empty"),
-    ("", "", 512, "an answer is empty"), ("so", "the cat sat on a red mat", 12, "too long")])
+    ("so", " so ", 512, "identical"), ("", "so", 512, "an answer is empty"),
+    ("so", " ", 512, "an answer is empty"), ("", "", 512, "an answer is empty"),
+    ("so", "the cat sat on a red mat", 12, "too long")])
 def test_a_pair_without_a_lesson_is_dropped_and_counted_trap_4(chosen, rejected, max_len, why, tokenizer):
     tally = Counter()
-    assert encode_pair(tokenizer, record(ASK, chosen, rejected), max_len, tally) is None
+    assert encode_pair(tokenizer, Record(ASK, chosen, rejected), max_len, tally) is None
     assert counted(tally, why) == 1 == sum(tally.values())
 
 
 def test_what_is_cut_or_dropped_is_counted(tokenizer):
     row, prompts = long_conversation(tokenizer)
-    n_answer = len(tokenizer.encode(row["chosen"])) + 1
+    n_answer = len(tokenizer.encode(row.chosen)) + 1
     for max_len, words in [(10**6, None), (len(prompts[1]) + n_answer, "oldest turns"),
                            (len(prompts[2]) + n_answer - 1, "answers cut"),
                            (len(prompts[2]), "last question does not fit")]:
         tally = Counter()
         encode_sft(tokenizer, row, max_len, tally)
         assert counted(tally, words) == 1 if words else not +tally
-    for max_len, words in [(10**6, None), (len(prompts[1]), "oldest turns"), (3, "last question does not fit")]:
+    for max_len, words in [(10**6, None), (len(prompts[1]), "oldest turns"),
+                           (3, "last question does not fit")]:
         tally = Counter()
         encode_prompt(tokenizer, row, max_len, tally)
         assert counted(tally, words) == 1 == sum(tally.values()) if words else not +tally
     tally = Counter()
-    assert encode_sft(tokenizer, record(ASK, None), 512, tally) is None and counted(tally, "no answer") == 1
+    assert encode_sft(tokenizer, Record(ASK, None), 512, tally) is None and counted(tally, "no answer") == 1
 
 
 def test_turns_lost_beside_an_answer_that_is_cut_are_counted_too(tokenizer):
@@ -338,6 +394,32 @@ def test_turns_lost_beside_an_answer_that_is_cut_are_counted_too(tokenizer):
     ids, n_prompt = encode_sft(tokenizer, row, len(prompts[2]) + 2, tally)
     assert n_prompt == len(prompts[2]) and counted(tally, "answers cut") == 1
     assert counted(tally, "oldest turns") == 1
+
+
+def test_the_system_text_stays_when_old_turns_go_and_goes_before_the_row_does(tokenizer):
+    system, turns = ("System", "be nice to my friend"), long_conversation(tokenizer)[0].turns
+    kept = [[system, *turns[start:]] for start in (0, 2, 4)] + [turns[start:] for start in (0, 2, 4)]
+    prompts = [[tokenizer.bos_id] + tokenizer.encode(render(attempt)) for attempt in kept]
+    outcomes = []
+    for max_len in range(len(prompts[0]) + 2, 0, -1):
+        tally = Counter()
+        ids = encode_prompt(tokenizer, Record([system, *turns]), max_len, tally)
+        assert ids == next((p for p in prompts if len(p) <= max_len), None)
+        outcome = "dropped" if ids is None else kept[prompts.index(ids)]
+        assert counted(tally, "oldest turns") == (ids is not None and turns[0] not in outcome)
+        assert counted(tally, "system text") == (ids is not None and system not in outcome)
+        assert counted(tally, "does not fit") == (ids is None)
+        if outcome not in outcomes:
+            outcomes.append(outcome)
+    assert outcomes == [kept[0], kept[1], kept[2], kept[5], "dropped"]
+
+
+def test_a_long_system_text_goes_alone_where_all_turns_fit_without_it(tokenizer):
+    row, prompts = long_conversation(tokenizer)
+    tally = Counter()
+    row.turns = [("System", sentence(random.Random(0), 60)), *row.turns]
+    assert encode_prompt(tokenizer, row, len(prompts[0]), tally) == prompts[0]
+    assert +tally == {"prompts that lost their system text": 1}
 
 
 # ------------------------------------------------------------------------------------------------ collation
@@ -356,9 +438,10 @@ def test_a_row_that_is_all_prompt_has_no_labels():
 
 
 def test_collate_pairs_puts_the_chosen_first_and_finds_where_the_two_part():
-    ids, mask, starts = collate_pairs([([1, 4, 5, 6, 2], [1, 4, 5, 7, 8, 2], 2), ([1, 4, 0, 2], [1, 4, 0, 0, 2], 2)])
+    ids, mask, starts = collate_pairs([([1, 4, 5, 6, 2], [1, 4, 5, 7, 8, 2], 2),
+                                       ([1, 4, 0, 2], [1, 4, 0, 0, 2], 2)])
     assert ids.tolist() == [[1, 4, 5, 6, 2, 0], [1, 4, 0, 2, 0, 0], [1, 4, 5, 7, 8, 2], [1, 4, 0, 0, 2, 0]]
-    assert mask.sum(1).tolist() == [5, 4, 6, 5] and not mask[:, :-1].logical_not().logical_and(mask[:, 1:]).any()
+    assert mask.sum(1).tolist() == [5, 4, 6, 5] and not (~mask[:, :-1] & mask[:, 1:]).any()
     assert starts.tolist() == [3, 3]
 
 
@@ -370,12 +453,43 @@ def test_collate_prompts_pads_left_so_every_response_starts_at_one_column():
 
 # ------------------------------------------------------------------------------------------------ split
 def questions(n, answers=1):
-    return [record(f"\n\nHuman: question {i}\n\nAssistant:", f"answer {j}", "no")
+    return [Record([("Human", f"question {i}")], f"answer {j}", "no")
             for i in range(n) for j in range(answers)]
 
 
+def question_rows(n):
+    return [{"prompt": f"question {i}", "chosen": "so", "rejected": "no"} for i in range(n)]
+
+
 def first_questions(records):
-    return {parse_turns(row["prompt"])[0][1] for row in records}
+    return {record.turns[0][1] for record in records}
+
+
+GOLDEN = [  # (record, its phase of 4,4,2 under each of the seeds 0 to 19)
+    (Record(ASK, "so"), "11020020022220121110"),
+    (Record(ASK_TWICE, "yes"), "11020020022220121110"),
+    (Record(ASK_KINDLY, "so"), "22201112100121211100"),
+    (Record([("Human", "")], "so"), "00121211011010221111"),
+    (Record([], "Once upon a time."), "00110212110100202000"),
+]
+
+
+@pytest.mark.parametrize("record, phases", GOLDEN,
+                         ids=["question", "conversation", "system", "no question", "text"])
+def test_the_sides_are_those_of_runs_made_before(record, phases):
+    def phase_of(seed):
+        phase, = (phase for phase in range(3) if split_records([record], (4, 4, 2), phase, seed))
+        return str(phase)
+
+    assert "".join(map(phase_of, range(20))) == phases
+
+
+def test_the_sides_of_the_real_pairs_are_those_of_runs_made_before(hh_records):
+    records, _ = hh_records
+    parts = [split_records(records, (4, 4, 2), phase, 1234) for phase in range(3)]
+    assert [len(part) for part in parts] == [922, 917, 468]
+    sides = [phase for record in records[:60] for phase, part in enumerate(parts) if record in part]
+    assert "".join(map(str, sides)) == "111120120100200222010011011021022211011110101000101110102020"
 
 
 @pytest.mark.parametrize("weights", [(4, 4, 2), (1, 0, 1), (0.95, 0.05), (0.2, 0.3, 0.5)])
@@ -383,9 +497,9 @@ def test_the_split_is_disjoint_complete_and_of_about_the_asked_shares(weights):
     records = questions(3000, answers=2)
     parts = [split_records(records, weights, phase, seed=1234) for phase in range(len(weights))]
     asked = [first_questions(part) for part in parts]
-    assert sum(map(len, asked)) == len(set.union(*asked)) == 3000             # no question stands on two sides
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 3000       # no question stands on two sides
     assert sum(map(len, parts)) == 6000
-    for questions_of_part, weight in zip(asked, weights):
+    for questions_of_part, weight in zip(asked, weights, strict=True):
         assert len(questions_of_part) / 3000 == pytest.approx(weight / sum(weights), abs=0.03)
 
 
@@ -400,7 +514,7 @@ def test_all_turns_of_a_conversation_stand_on_one_side(tmp_path):
 def test_ten_parts_of_six_rows_are_six_rows_trap_6():
     records = questions(6)
     parts = [split_records(records, [1] * 10, phase, 1234) for phase in range(10)]
-    assert sorted(row["prompt"] for part in parts for row in part) == sorted(row["prompt"] for row in records)
+    assert sorted(row.prompt for part in parts for row in part) == sorted(row.prompt for row in records)
 
 
 def test_the_split_depends_on_the_seed_and_the_question_but_not_on_the_other_rows():
@@ -411,20 +525,22 @@ def test_the_split_depends_on_the_seed_and_the_question_but_not_on_the_other_row
 
 
 def test_the_split_is_the_same_in_every_process():
-    # Python's own hash of a string is another one in each process: ranks and steps would see different divisions
-    code = ("import data, json; rows = [data.record([('Human', f'question {i}')], 'so') for i in range(200)]\n"
-            "print(json.dumps([r['prompt'] for r in data.split_records(rows, (4, 4, 2), 1, 1234)]))")
+    # Python's own hash of a string differs between processes: ranks and steps would see different divisions
+    code = ("import data, json\n"
+            "rows = [data.Record([('Human', f'question {i}')], 'so') for i in range(200)]\n"
+            "print(json.dumps([r.prompt for r in data.split_records(rows, (4, 4, 2), 1, 1234)]))")
     out = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={**os.environ, "PYTHONHASHSEED": "1"},
                          capture_output=True, text=True, timeout=60, check=True).stdout
-    assert json.loads(out) == [row["prompt"] for row in split_records(questions(200), (4, 4, 2), 1, 1234)]
+    assert json.loads(out) == [row.prompt for row in split_records(questions(200), (4, 4, 2), 1, 1234)]
 
 
 @pytest.fixture
 def files(tmp_path):
     """Three files: 400 pairs, 30 demonstrations, 20 prompts."""
     return {
-        "pairs": write(tmp_path / "pairs.jsonl", questions(400)),
-        "answers": write(tmp_path / "answers.jsonl", [{"instruction": f"do {i}", "output": "so"} for i in range(30)]),
+        "pairs": write(tmp_path / "pairs.jsonl", question_rows(400)),
+        "answers": write(tmp_path / "answers.jsonl",
+                         [{"instruction": f"do {i}", "output": "so"} for i in range(30)]),
         "prompts": write(tmp_path / "prompts.jsonl", [{"prompt": f"ask {i}"} for i in range(20)])}
 
 
@@ -449,13 +565,72 @@ def test_held_out_rows_are_a_share_of_the_phase_and_no_question_is_trained_on_to
 
 
 def test_the_held_out_share_does_not_follow_the_split(files):
-    # hashed by the same numbers, all held-out questions would come from one end of a phase, and a phase have none
+    # under the same seed all held-out questions would come from one end of a phase, and some phase have none
     assert all(load([files["pairs"]], phase, eval_share=0.2)[1] for phase in range(3))
 
 
 def test_eval_files_are_held_out_whole_and_nothing_else(files):
     train, held_out = load([files["answers"]], eval_files=[files["prompts"], files["pairs"]])
     assert len(train) == 30 and len(held_out) == 420
+
+
+# -------------------------------------------------------------------------------------- split of earlier runs
+@pytest.fixture
+def go_on(files, tmp_path, monkeypatch):
+    """A function that loads the rows of a run which starts from a folder with this args.json."""
+    monkeypatch.setattr("data.say", print)
+
+    def load(earlier, split=(4.0, 4.0, 2.0), seed=1234):
+        folder = tmp_path / "sft"
+        folder.mkdir(exist_ok=True)
+        if earlier is not None:
+            (folder / "args.json").write_text(json.dumps(earlier))
+        args = Namespace(data=[str(files["answers"]), str(files["pairs"])], split=split and list(split),
+                         split_seed=seed, eval_data=None, eval_share=0.2)
+        return load_rows(args, 1, lambda tokenizer, record, max_len, tally: record, None, 64, 1, [folder])
+    return load
+
+
+@pytest.mark.parametrize("split, seed, ours, words", [
+    ([4.0, 4.0, 2.0], 1234, (None, 1234), "4,4,2 with seed 1234, this run divides it by none with seed 1234"),
+    (None, 1234, ([4.0, 4.0, 2.0], 1234), "none with seed 1234, this run divides it by 4,4,2 with seed 1234"),
+    ([4.0, 4.0, 2.0], 1, ([4.0, 4.0, 2.0], 2), "4,4,2 with seed 1, this run divides it by 4,4,2 with seed 2"),
+    ([0.5, 0.4, 0.1], 1, ([0.5, 0.5, 0.0], 1),
+     "0.5,0.4,0.1 with seed 1, this run divides it by 0.5,0.5,0 with seed 1"),
+    ("edited", {}, ([4.0, 4.0, 2.0], 1), "none with seed {}, this run divides it by 4,4,2 with seed 1"),
+])
+def test_another_split_than_that_of_the_folder_a_run_starts_from_is_bad_input(split, seed, ours, words, go_on,
+                                                                             files, tmp_path):
+    earlier = {"split": split, "split_seed": seed, "data_sizes": data_sizes([files["pairs"]])}
+    with pytest.raises(BadInput) as caught:
+        go_on(earlier, *ours)
+    assert str(caught.value) == (f"--split, --split-seed: {tmp_path / 'sft'} was trained on pairs.jsonl "
+                                 f"divided by {words}; rows would be seen by two steps")
+
+
+OTHER = {"split": None, "split_seed": 7}
+
+
+@pytest.mark.parametrize("earlier", [
+    None, {}, OTHER, {**OTHER, "data_sizes": None}, {**OTHER, "data_sizes": {"others.jsonl": 99}},
+    {"split": [4, 4, 2], "split_seed": 1234, "data_sizes": "same"}, {**OTHER, "data_sizes": "one byte more"},
+    {**OTHER, "data_sizes": "demonstrations"}],
+    ids=["no args.json", "empty", "older run", "edited", "other file", "same split", "other size",
+         "no pairs"])
+def test_nothing_is_said_of_another_split_where_no_pairs_can_be_seen_twice(earlier, go_on, files, capsys):
+    sizes = {"same": data_sizes([files["pairs"]]), "demonstrations": data_sizes([files["answers"]]),
+             "one byte more": {"pairs.jsonl": files["pairs"].stat().st_size + 1}}
+    if earlier and isinstance(earlier.get("data_sizes"), str):
+        earlier = {**earlier, "data_sizes": sizes[earlier["data_sizes"]]}
+    train, held_out = go_on(earlier)
+    out, err = capsys.readouterr()
+    assert out == f"data: {len(train):,} rows to train on, {len(held_out):,} held out\n" and err == ""
+
+
+def test_data_sizes_are_bytes_by_the_name_of_the_file(tmp_path):
+    (tmp_path / "a").write_text("é")
+    (tmp_path / "b").write_text("")
+    assert data_sizes([tmp_path / "a", str(tmp_path / "b")]) == {"a": 2, "b": 0}
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -491,27 +666,32 @@ def test_batches_do_not_come_in_the_order_of_their_lengths():
     assert len(means) * 0.35 < rises < len(means) * 0.65
 
 
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 14])
-def test_a_stream_from_the_start_th_batch_is_the_stream_without_those_before(start):
-    whole = list(itertools.islice(stream(LENGTHS[:43], 8, 1), 25))            # 5 batches an epoch
-    assert list(itertools.islice(stream(LENGTHS[:43], 8, 1, start), 25 - start)) == whole[start:]
-    assert [epoch for epoch, _ in whole] == [i // 5 for i in range(25)]
-    assert [rows for _, rows in whole[5:10]] == batches(LENGTHS[:43], 8, 1, 1)
+@pytest.mark.parametrize("done", [0, 1, 4, 5, 6, 14])
+def test_a_stream_after_the_done_steps_is_the_stream_without_them(done):
+    whole = list(stream(LENGTHS[:43], 8, 1, steps=25))             # 5 batches an epoch
+    assert list(stream(LENGTHS[:43], 8, 1, done, 25)) == whole[done:]
+    assert list(itertools.islice(stream(LENGTHS[:43], 8, 1, done), 25 - done)) == whole[done:]
+    assert [(step, epoch) for step, epoch, _ in whole] == [(i + 1, i // 5) for i in range(25)]
+    assert [rows for _, _, rows in whole[5:10]] == batches(LENGTHS[:43], 8, 1, 1)
+
+
+def test_a_stream_of_a_run_that_is_done_is_empty():
+    assert list(stream(LENGTHS, 8, 1, done=7, steps=7)) == []
 
 
 @pytest.mark.parametrize("world, micro", [(1, 8), (8, 1), (2, 2), (4, 2), (1, 24), (3, 4)])
 def test_the_ranks_together_get_exactly_the_batch_and_each_as_much_trap_22(world, micro):
     rows = list(range(100, 124))
-    shares = [deal(rows, rank, world, micro) for rank in range(world)]
+    shares = [micro_batches(rows, rank, world, micro) for rank in range(world)]
     assert sorted(row for share in shares for micro_batch in share for row in micro_batch) == rows
     assert {len(micro_batch) for share in shares for micro_batch in share} == {micro}
     assert {len(share) for share in shares} == {24 // (world * micro)}
 
 
-# ------------------------------------------------------------------------------------------------ the folder's tokenizer
+# ------------------------------------------------------------------------------------- the folder's tokenizer
 @pytest.fixture
 def folder(tmp_path, tokenizer_file):
-    """A function that makes a folder of a config with changes and a tokenizer, but no weights: the checks need none."""
+    """A function that makes a folder of a changed config and a tokenizer. The checks need no weights."""
     def make(**changes):
         (tmp_path / "config.json").write_text(json.dumps({**tiny_llama().config.to_dict(), **changes}))
         copy_tokenizer(tokenizer_file.parent, tmp_path)

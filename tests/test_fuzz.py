@@ -1,5 +1,5 @@
-"""Damaged inputs by the thousand over all readers: each raises BadInput or gives what the file really says; no other
-exception, no hang, no wrong success. A few of them, drawn at random, as real commands."""
+"""Damaged inputs by the thousand over all readers: each raises BadInput or gives what the file really says;
+no other exception, no hang, no wrong success. A few of them, drawn at random, as real commands."""
 import copy
 import gzip
 import json
@@ -13,39 +13,42 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file
 
 import ppo
 from conftest import REPO, tiny_config
-from data import Tokenizer, open_tokenizer, read_records
-from llama import BadInput, Llama, LlamaConfig
+from data import open_tokenizer, read_records
+from llama import Llama, LlamaConfig
 from lora import add_lora, load_model, save_adapter
 from reward import RewardModel, load_reward_model
 from runtime import folders
-from runtime.checkpoint import RunState
+from runtime.checkpoint import Run
+from runtime.errors import BadInput
 from runtime.folders import copy_tokenizer
 
-ROWS = {
-    "rm-static": [{"prompt": f"\n\nHuman: why {i}?\n\nAssistant:", "chosen": f" so {i}", "rejected": " no"} for i in range(4)],
-    "hh": [{"chosen": f"\n\nHuman: why {i}?\n\nAssistant: so", "rejected": f"\n\nHuman: why {i}?\n\nAssistant: no"}
-           for i in range(4)],
-    "messages": [{"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": f"why {i}?"},
-                               {"role": "assistant", "content": "so"}]} for i in range(4)],
-    "conversations": [{"conversations": [{"from": "human", "value": f"why {i}?"}, {"from": "gpt", "value": "so"}]}
-                      for i in range(4)],
-    "shp": [{"history": f"why {i}?", "human_ref_A": "so", "human_ref_B": "no", "labels": i % 2} for i in range(4)],
-    "alpaca": [{"instruction": f"why {i}?", "input": "x", "output": "so"} for i in range(4)],
-    "prompts": [{"prompt": f"why {i}?"} for i in range(4)],
-    "text": [{"text": f"the sky is blue {i}"} for i in range(4)],
+MAKE_ROW = {
+    "rm-static": lambda i: {"prompt": f"\n\nHuman: why {i}?\n\nAssistant:", "chosen": f" so {i}",
+                            "rejected": " no"},
+    "hh": lambda i: {"chosen": f"\n\nHuman: why {i}?\n\nAssistant: so",
+                     "rejected": f"\n\nHuman: why {i}?\n\nAssistant: no"},
+    "messages": lambda i: {"messages": [{"role": "system", "content": "be kind"},
+                                        {"role": "user", "content": f"why {i}?"},
+                                        {"role": "assistant", "content": "so"}]},
+    "conversations": lambda i: {"conversations": [{"from": "human", "value": f"why {i}?"},
+                                                  {"from": "gpt", "value": "so"}]},
+    "shp": lambda i: {"history": f"why {i}?", "human_ref_A": "so", "human_ref_B": "no", "labels": i % 2},
+    "alpaca": lambda i: {"instruction": f"why {i}?", "input": "x", "output": "so"},
+    "prompts": lambda i: {"prompt": f"why {i}?"},
+    "text": lambda i: {"text": f"the sky is blue {i}"},
 }
+ROWS = {kind: [make(i) for i in range(4)] for kind, make in MAKE_ROW.items()}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base, monkeypatch_module):
-    """A folder of sound inputs: models whole, in shards and as .bin, an adapter, a reward model, data of every kind, and a
-    checkpoint's manifest."""
+    """A folder of sound inputs: models whole, in shards and as .bin, an adapter, a reward model, data of
+    every kind, and a checkpoint's manifest."""
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(base, root / "model")
     model = Llama.from_pretrained(base)
@@ -106,8 +109,9 @@ def damage_bytes(rng, content):
     return bytes(data)
 
 
-ODD = [None, True, False, 0, 1, -1, 2, 10**9, 2**63, -2**63, 10**30, 0.5, 1e308, -0.0, float("nan"), float("inf"), "", "x",
-       "../../etc/passwd", "\0", "x" * 10_000, "\x1b[31m", "((a+)+)+", [], {}, [[]], [None] * 100, {"a": 1}, "7", "-1"]
+ODD = [None, True, False, 0, 1, -1, 2, 10**9, 2**63, -2**63, 10**30, 0.5, 1e308, -0.0, float("nan"),
+       float("inf"), "", "x", "../../etc/passwd", "\0", "x" * 10_000, "\x1b[31m", "((a+)+)+", [], {}, [[]],
+       [None] * 100, {"a": 1}, "7", "-1"]
 
 
 def damage_json(rng, value):
@@ -137,13 +141,14 @@ def damage_json(rng, value):
 
 
 def damage(rng, content, name):
-    """The damaged content of a file: of JSON in half of the cases by its structure, with a bomb now and then; of
-    safetensors in half of the cases in its header."""
+    """The damaged content of a file: of JSON in half of the cases by its structure, with a bomb now and
+    then; of safetensors in half of the cases in its header."""
     if rng.random() < 0.5:
         return damage_bytes(rng, content)
     if name.endswith((".json", ".jsonl")):
         if rng.random() < 0.03:
-            return rng.choice([b"[" * 200_000, b'{"a":' * 100_000, b'{"text": "' + b"x" * 5_000_000 + b'"}', b"1" * 6000])
+            return rng.choice([b"[" * 200_000, b'{"a":' * 100_000, b'{"text": "' + b"x" * 5_000_000 + b'"}',
+                               b"1" * 6000])
         if name.endswith(".json"):
             return json.dumps(damage_json(rng, json.loads(content))).encode()
         lines = content.decode().splitlines()
@@ -158,13 +163,15 @@ def damage(rng, content, name):
     return damage_bytes(rng, content)
 
 
-# ------------------------------------------------------------------------------------------------ readers and what is right
+# ---------------------------------------------------------------------------------- readers and what is right
 def read_model(folder):
-    """A language model; right if its weights are those that safetensors or torch reads, and its config the file's."""
+    """A language model; right if its weights are those that safetensors or torch reads, and its config the
+    file's."""
     model = load_model(folder)
     raw = json.loads((folder / "config.json").read_text())
-    for key, value in model.config.to_dict().items():
-        if raw.get(key) is not None and key in LlamaConfig.__dataclass_fields__ and key not in ("rope_scaling", "rope_theta"):
+    for key in LlamaConfig.__dataclass_fields__.keys() - {"rope_scaling", "rope_theta"}:
+        value = getattr(model.config, key)
+        if raw.get(key) is not None:
             assert value == raw[key] and type(value) is type(raw[key]), (key, value, raw[key])
     tensors = {}
     for file in folder.glob("*.safetensors"):
@@ -204,25 +211,25 @@ def read_tokenizer(folder):
     ids = tokenizer.encode("Human: why is the sky blue?")
     assert all(0 <= i < tokenizer.vocab_size <= config.vocab_size for i in ids)
     assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.pieces()) == tokenizer.vocab_size
-    assert 0 <= min(tokenizer.bos_id, tokenizer.eos_id) and max(tokenizer.bos_id, tokenizer.eos_id) < tokenizer.vocab_size
+    assert all(0 <= i < tokenizer.vocab_size for i in (tokenizer.bos_id, tokenizer.eos_id))
 
 
 def read_data(file):
     records = read_records(file)
     raw = file.read_bytes()
     text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.split("\n") if x.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for line in lines]
     for record in records:
-        assert record.keys() == {"prompt", "chosen", "rejected"} and isinstance(record["prompt"], str)
-        assert all(record[key] is None or isinstance(record[key], str) for key in ("chosen", "rejected"))
-        assert record["prompt"].endswith("\n\nAssistant:") or record["prompt"] == ""
+        assert all(answer is None or isinstance(answer, str) for answer in (record.chosen, record.rejected))
+        assert record.prompt.endswith("\n\nAssistant:") or record.prompt == ""
     assert len(records) <= sum(len(row.get("messages", row.get("conversations", [0]))) for row in rows)
 
 
 def read_manifest(folder):
-    """RunState's check of a checkpoint; right if all files are what they were."""
+    """Run's check of a checkpoint; right if all files are what they were."""
     state = SimpleNamespace(folder=folder.parent, rank=0)
-    if RunState.verify(state, 3):
+    if Run.verify(state, 3):
         for name in ("weights.safetensors", "run.json", "rank-0.pt"):
             manifest = json.loads((folder / "manifest.json").read_text())
             assert (folder / name).read_bytes() == name.encode() * 100 or name not in manifest
@@ -230,7 +237,8 @@ def read_manifest(folder):
 
 READERS = [  # (what is damaged, in which folder, how it is read)
     ("config.json", "model", read_model), ("model.safetensors", "model", read_model),
-    ("model.safetensors.index.json", "shards", read_model), ("model-00001-of-*.safetensors", "shards", read_model),
+    ("model.safetensors.index.json", "shards", read_model),
+    ("model-00001-of-*.safetensors", "shards", read_model),
     ("pytorch_model.bin", "bin", read_model), ("adapter_config.json", "adapter", read_adapter),
     ("adapter_model.safetensors", "adapter", read_adapter), ("tokenizer.model", "model", read_tokenizer),
     ("config.json", "model", read_tokenizer), ("model.safetensors", "reward", read_reward),
@@ -245,13 +253,18 @@ def injured(whole, to, rng, n):
     name, part, reader = READERS[n % len(READERS)]
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(whole / part, to / part)
-    if part == "adapter":                    # its base is where its config says, unless that is what is damaged
-        shutil.copytree(whole / "model", to / "model")
     (file,) = (to / part).glob(name)
     content = damage(rng, file.read_bytes(), file.name)
     file.unlink()
     file.write_bytes(content)
     return file, to / part, reader
+
+
+def test_what_is_not_damaged_is_read(whole):
+    for name, part, reader in READERS:
+        (file,) = (whole / part).glob(name)
+        reader(file if reader is read_data else whole / part)
+    assert Run.verify(SimpleNamespace(folder=whole / "checkpoints", rank=0), 3)
 
 
 def too_long(*_):
@@ -272,7 +285,8 @@ def test_damaged_inputs_raise_BadInput_or_give_what_the_file_says(whole, tmp_pat
             assert "\n" not in str(error) and "\x1b" not in str(error)
             refused[file.name] = refused.get(file.name, 0) + 1
         except BaseException as error:
-            wrong.append(f"case {n}: {file.name} read by {reader.__name__}: {str(error)[:300]!r} ({type(error).__name__})")
+            what = f"{str(error)[:300]!r} ({type(error).__name__})"
+            wrong.append(f"case {n}: {file.name} read by {reader.__name__}: {what}")
         signal.alarm(0)
     capsys.readouterr()
     assert not wrong, f"seed {seed}:\n" + "\n".join(wrong)
@@ -280,11 +294,12 @@ def test_damaged_inputs_raise_BadInput_or_give_what_the_file_says(whole, tmp_pat
     assert sum(refused.values()) > cases / 4
 
 
-# ------------------------------------------------------------------------------------------------ as real commands
+# ------------------------------------------------------------------------------------------- as real commands
 SFT = "sft.py --max-len 128 --split none --batch 2 --micro-batch 1 --eval-data {whole}/data/hh.jsonl"
 COMMANDS = {"data": SFT + " --model {whole}/model --data {file}",
-            "reward": "ppo.py --max-prompt 60 --max-new 8 --split none --rollout-batch 2 --mini-batch 2 --micro-batch 1 "
-                      "--actor {whole}/model --reward {folder} --data {whole}/data/hh.jsonl --eval-data {whole}/data/hh.jsonl",
+            "reward": "ppo.py --max-prompt 60 --max-new 8 --split none --rollout-batch 2 --mini-batch 2 "
+                      "--micro-batch 1 --actor {whole}/model --reward {folder} --data {whole}/data/hh.jsonl "
+                      "--eval-data {whole}/data/hh.jsonl",
             None: SFT + " --model {folder} --data {whole}/data/hh.jsonl"}
 
 
@@ -312,7 +327,8 @@ def test_damaged_inputs_as_real_commands_get_one_line_and_status_2(whole, tmp_pa
             continue
         except BadInput:
             seen += 1
-        words = COMMANDS.get(folder.name, COMMANDS[None]).format(whole=whole, file=file, folder=folder).split()
+        command = COMMANDS.get(folder.name, COMMANDS[None])
+        words = command.format(whole=whole, file=file, folder=folder).split()
         status, out, err, seconds, memory = run_limited([*words, "--out", tmp_path / "out"], tmp_path)
         assert status == 2 and "Traceback" not in out + err, (seed, n, words, err)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -344,25 +360,28 @@ def bombs(folder, whole):
     (folder / "pickle" / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Runs()}, folder / "pickle" / "pytorch_model.bin")
     config = json.loads((folder / "absurd" / "config.json").read_text())
-    (folder / "absurd" / "config.json").write_text(json.dumps({**config, "vocab_size": 10**7, "hidden_size": 10**5}))
+    config |= {"vocab_size": 10**7, "hidden_size": 10**5}
+    (folder / "absurd" / "config.json").write_text(json.dumps(config))
     (folder / "escape" / "model.safetensors").unlink()
     (folder / "escape" / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {"model.norm.weight": "../model/model.safetensors"}}))
     (folder / "words" / "tokenizer.model").write_text("the\nwords\n")
     return {"line.jsonl": "longer than", "deep.json": "JSON", "utf8.jsonl": "UTF-8", "nul.jsonl": "JSON",
-            "bomb.json.gz": "longer than", "pickle": "system", "absurd": "config.json asks", "escape": "../model",
-            "words": "SentencePiece"}
+            "bomb.json.gz": "longer than", "pickle": "would run code", "absurd": "config.json asks",
+            "escape": "../model", "words": "SentencePiece"}
 
 
 @pytest.mark.slow
-def test_inputs_made_to_hurt_get_one_line_within_2_GB_and_10_s(whole, tmp_path):
+def test_inputs_made_to_hurt_get_one_line_within_2_GB_and_15_s(whole, tmp_path):
     for name, words in bombs(tmp_path, whole).items():
-        model, data = (tmp_path / name, whole / "data" / "hh.jsonl") if (tmp_path / name).is_dir() else (
-            whole / "model", tmp_path / name)
-        words_of_command = [*SFT.format(whole=whole).split(), "--model", model, "--data", data, "--out", tmp_path / "out"]
-        status, out, err, seconds, memory = run_limited(words_of_command, tmp_path)
+        is_model = (tmp_path / name).is_dir()
+        model = tmp_path / name if is_model else whole / "model"
+        data = whole / "data" / "hh.jsonl" if is_model else tmp_path / name
+        command = SFT.format(whole=whole).split() + ["--model", model, "--data", data]
+        status, out, err, seconds, memory = run_limited([*command, "--out", tmp_path / "out"], tmp_path)
         (line,) = err.splitlines()
-        assert status == 2 and line.startswith("error: ") and str(tmp_path / name) in line and words in line, err
+        assert status == 2 and line.startswith("error: ") and words in line, err
+        assert str(tmp_path / name) in line, err
         assert not (REPO / "code-of-a-pickle-has-run").exists()
         print(f"{name}: {seconds:.1f} s, {memory:.0f} MB")
         assert seconds < 15 and memory < 2000, (name, seconds, memory)

@@ -1,5 +1,5 @@
-"""llama.py against transformers and a published text, against its own definitions, and under everything that must not
-change a result: the cache, padding, other rows, checkpointing, the format of the files."""
+"""llama.py against transformers and a published text, against its own definitions, and under everything that
+must not change a result: the cache, padding, other rows, checkpointing, the format of the files."""
 import json
 import os
 import pickle
@@ -12,18 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import stories260k
 import torch
 import transformers
-from conftest import REPO, WORDS, tiny_config, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import llama
 import lora
-from runtime import folders
+import stories260k
+from conftest import REPO, WORDS, tiny_config, tiny_llama
 from data import Tokenizer
 from llama import BadInput, KVCache, Llama, LlamaConfig, rotate, sample
+from runtime import folders, speed
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 # over the 8 dimensions of a tiny head: one wave is kept, one blended, two are slowed
@@ -32,8 +32,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_fr
 VARIANTS = {
     "grouped-query": {}, "multi-head": {"num_key_value_heads": 4}, "multi-query": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True}, "head_dim": {"head_dim": 16}, "eps": {"rms_norm_eps": 0.1},
-    "attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True}, "theta": {"rope_theta": 100.0},
-    "linear": {"rope_scaling": LINEAR}, "llama3": {"rope_scaling": LLAMA3, "rope_theta": 20000.0}}
+    "attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True},
+    "theta": {"rope_theta": 100.0}, "linear": {"rope_scaling": LINEAR},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 20000.0},
+}
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -55,7 +57,7 @@ def theirs(folder, ids, mask):
 
 @torch.no_grad()
 def check_against_transformers(folder):
-    """Reads a folder and holds its logits to transformers'. The texts are longer than LLAMA3's original context."""
+    """Holds a folder's logits to transformers'. The texts are longer than LLAMA3's original context."""
     model = Llama.from_pretrained(folder)
     ids, mask = batch(130, 97, 3, vocab=model.config.vocab_size)
     assert_close(model(ids, mask)[mask], theirs(folder, ids, mask)[mask], atol=1e-5, rtol=1e-5)
@@ -83,12 +85,16 @@ def edit_config(folder, **changes):
 def edit_weights(folder, **changes):
     """Replaces tensors of model.safetensors, named with __ for the dots; None takes one out."""
     state = load_file(folder / "model.safetensors") | {k.replace("__", "."): v for k, v in changes.items()}
-    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in state.items() if v is not None}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
-# ------------------------------------------------------------------------------------------------ a real model
+# -------------------------------------------------------------------------------------- a real model
 def test_greedy_text_of_a_real_model_equals_the_published_one(stories):
-    ids, mask = Llama.from_pretrained(stories).generate(torch.tensor([[1]]), torch.ones(1, 1), 199, temperature=0)
+    ids, mask = Llama.from_pretrained(stories).generate(
+        torch.tensor([[1]]), torch.ones(1, 1), 199, temperature=0
+    )
     assert mask.all() and ids.shape == (1, 199)
     assert Tokenizer(stories).decode(ids[0].tolist()) == (stories / "greedy.txt").read_text()
 
@@ -105,7 +111,7 @@ def test_logits_of_a_real_model_equal_transformers(stories):
     check_against_transformers(stories)
 
 
-# ------------------------------------------------------------------------------------------------ the converter
+# -------------------------------------------------------------------------------------- the converter
 def test_permuted_rows_turn_pairwise_rotation_into_rotation_by_halves():
     torch.manual_seed(0)
     H, D, C, T = 3, 8, 5, 7
@@ -120,15 +126,19 @@ def test_permuted_rows_turn_pairwise_rotation_into_rotation_by_halves():
 def write_llama2c(model, path):
     """A tiny model with a tied head as a llama2.c checkpoint: the inverse of what the converter does."""
     c, state = model.config, model.state_dict()
-    kinds = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-             "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")
+    kinds = (
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",
+    )
     layers = [state[f"model.layers.{i}.{kind}.weight"] for kind in kinds for i in range(c.num_hidden_layers)]
     for i in range(c.num_hidden_layers, 3 * c.num_hidden_layers):  # q_proj and k_proj, rows in pairs again
         halves = layers[i].reshape(-1, 2, c.head_dim // 2, c.hidden_size)
         layers[i] = halves.transpose(1, 2).reshape(layers[i].shape)
     table = torch.zeros(c.max_position_embeddings * c.head_dim)
-    header = struct.pack("<7i", c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
-                         c.num_key_value_heads, c.vocab_size, c.max_position_embeddings)
+    header = struct.pack(
+        "<7i", c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
+        c.num_key_value_heads, c.vocab_size, c.max_position_embeddings,
+    )
     parts = [state["model.embed_tokens.weight"], *layers, state["model.norm.weight"], table]
     path.write_bytes(header + b"".join(part.numpy().tobytes() for part in parts))
 
@@ -137,8 +147,13 @@ def write_tok(tokenizer, path):
     """A tokenizer as llama2.c writes it: line breaks around <s> and </s>, plain spaces."""
     pieces = [piece.replace("\u2581", " ").encode() for piece in tokenizer.pieces()]
     pieces[1:3] = [b"\n<s>\n", b"\n</s>\n"]
-    path.write_bytes(struct.pack("<i", max(map(len, pieces))) + b"".join(
-        struct.pack("<fi", tokenizer.model.get_score(i), len(piece)) + piece for i, piece in enumerate(pieces)))
+    path.write_bytes(
+        struct.pack("<i", max(map(len, pieces)))
+        + b"".join(
+            struct.pack("<fi", tokenizer.model.get_score(i), len(piece)) + piece
+            for i, piece in enumerate(pieces)
+        )
+    )
 
 
 def test_converted_checkpoint_has_the_same_weights_and_the_same_words(tmp_path, tokenizer_file):
@@ -150,14 +165,20 @@ def test_converted_checkpoint_has_the_same_weights_and_the_same_words(tmp_path, 
 
     converted, tokenizer = Llama.from_pretrained(tmp_path / "out"), Tokenizer(tmp_path / "out")
     assert asdict(converted.config) == asdict(model.config) | {"tie_word_embeddings": False}
-    assert all(torch.equal(weight, converted.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert all(
+        torch.equal(weight, converted.state_dict()[name]) for name, weight in model.state_dict().items()
+    )
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, original.vocab_size)
     assert tokenizer.pieces() == original.pieces()
-    text = " ".join(WORDS) + " Человек 42 \n<s>  z"                # words, bytes, spaces, a control word
-    assert tokenizer.encode(text) == original.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    text = " ".join(WORDS) + " Человек 42 \n<s>  z"  # words, bytes, spaces, a control word
+    assert (
+        tokenizer.encode(text) == original.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    )
 
 
-@pytest.mark.parametrize("read", [stories260k.read_checkpoint, lambda path: stories260k.read_tokenizer(path, 340)])
+@pytest.mark.parametrize(
+    "read", [stories260k.read_checkpoint, lambda path: stories260k.read_tokenizer(path, 340)]
+)
 def test_converter_refuses_a_file_of_another_length(tmp_path, tokenizer_file, read):
     file = tmp_path / "a"
     write = write_llama2c if read is stories260k.read_checkpoint else write_tok
@@ -167,7 +188,7 @@ def test_converter_refuses_a_file_of_another_length(tmp_path, tokenizer_file, re
         read(file)
 
 
-# ------------------------------------------------------------------------------------------------ against transformers
+# -------------------------------------------------------------------------------------- against transformers
 @variants
 def test_folder_saved_here_gives_transformers_logits(tmp_path, changes):
     model = tiny_llama(**changes)
@@ -196,8 +217,15 @@ def test_the_texts_above_are_long_enough_for_each_key_to_matter(name):
 STYLES = {
     "v4": {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4.0}, "torch_dtype": "float32"},
     "v4, whole numbers": {"rope_theta": 100, "rope_scaling": {"rope_type": "linear", "factor": 4}},
-    "v4, both": {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}},
-    "v5": {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}, "dtype": "float32"}}
+    "v4, both": {
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0},
+    },
+    "v5": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+        "dtype": "float32",
+    },
+}
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
@@ -221,13 +249,15 @@ def test_keys_that_change_nothing_are_ignored_and_null_is_the_default(folder):
     before = LlamaConfig.from_pretrained(folder)
     changes = {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "sliding_window": None,
                "use_cache": True, "pretraining_tp": 1, "eos_token_id": [2, 3]}
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | changes)
+    )
     after = LlamaConfig.from_pretrained(folder)
     assert (after.num_key_value_heads, after.head_dim) == (4, 8)
     assert asdict(after) == asdict(before) | {"num_key_value_heads": 4, "eos_token_id": [2, 3]}
 
 
-# ------------------------------------------------------------------------------------------------ formats of weights
+# -------------------------------------------------------------------------------------- formats of weights
 def to_bin(folder, shards=1):
     """Turns model.safetensors into pytorch_model.bin, or into shards of it with their index."""
     state = list(load_file(folder / "model.safetensors").items())
@@ -239,7 +269,9 @@ def to_bin(folder, shards=1):
     for file, part in files.items():
         torch.save(part, folder / file)
     weight_map = {name: file for file, part in files.items() for name in part}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -260,7 +292,9 @@ def test_large_models_are_saved_in_shards_below_the_limit(tmp_path, monkeypatch)
     assert same_weights(model, check_against_transformers(tmp_path))
 
 
-@pytest.mark.parametrize("limits", [(10**9, 60_000), (60_000, 10**9)], ids=["shards over a file", "a file over shards"])
+@pytest.mark.parametrize(
+    "limits", [(10**9, 60_000), (60_000, 10**9)], ids=["shards over a file", "a file over shards"]
+)
 def test_saving_over_another_model_leaves_nothing_of_it(tmp_path, monkeypatch, limits):
     for seed, limit in enumerate(limits):
         monkeypatch.setattr(folders, "SHARD_BYTES", limit)
@@ -281,7 +315,9 @@ def test_bfloat16_files_load_in_both_types(tmp_path):
     half.save_pretrained(tmp_path)
     assert {w.dtype for w in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert same_weights(half.float(), check_against_transformers(tmp_path))
-    assert {p.dtype for p in Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path):
@@ -310,7 +346,7 @@ def test_weights_do_not_live_in_the_file(folder, change):
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------- what is refused
 def refused(folder, *words):
     """Reading the folder is a BadInput of one line with these words in it."""
     with pytest.raises(BadInput) as caught:
@@ -319,20 +355,30 @@ def refused(folder, *words):
     assert "\n" not in message and all(word in message for word in (str(folder), *words)), message
 
 
-@pytest.mark.parametrize("key, value, word", [
-    ("model_type", "mistral", "mistral"), ("model_type", None, "model_type"), ("hidden_act", "gelu", "gelu"),
-    ("sliding_window", 4096, "sliding_window"),
-    ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
-    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "yarn"),
-    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ("rope_scaling", {"rope_type": "linear"}, "factor"),
-    ("rope_scaling", {**LLAMA3, "low_freq_factor": None}, "low_freq_factor"),
-    ("rope_scaling", {"rope_type": "linear", "factor": "4"}, "factor"), ("rope_scaling", "linear", "rope_scaling"),
-    ("rope_theta", -1.0, "rope_theta"), ("vocab_size", 0, "vocab_size"), ("hidden_size", "32", "hidden_size"),
-    ("hidden_size", 32.0, "hidden_size"), ("num_key_value_heads", 3, "num_key_value_heads"),
-    ("head_dim", 7, "head_dim")])
+@pytest.mark.parametrize(
+    "key, value, word",
+    [
+        ("model_type", "mistral", "mistral"),
+        ("model_type", None, "model_type"),
+        ("hidden_act", "gelu", "gelu"),
+        ("sliding_window", 4096, "sliding_window"),
+        ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "yarn"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("rope_scaling", {"rope_type": "linear"}, "factor"),
+        ("rope_scaling", {**LLAMA3, "low_freq_factor": None}, "low_freq_factor"),
+        ("rope_scaling", {"rope_type": "linear", "factor": "4"}, "factor"),
+        ("rope_scaling", "linear", "rope_scaling"),
+        ("rope_theta", -1.0, "rope_theta"),
+        ("vocab_size", 0, "vocab_size"),
+        ("hidden_size", "32", "hidden_size"),
+        ("hidden_size", 32.0, "hidden_size"),
+        ("num_key_value_heads", 3, "num_key_value_heads"),
+        ("head_dim", 7, "head_dim"),
+    ],
+)
 def test_config_that_would_change_the_result_is_refused(folder, key, value, word):
     edit_config(folder, **{key: value})
     refused(folder, "config.json", word)
@@ -451,10 +497,16 @@ def transposed(folder):
     return "model.safetensors", "up_proj", "(32, 64)", "(64, 32)"
 
 
-@pytest.mark.parametrize("spoil", [
-    no_folder, no_weights, half_a_file, half_a_header, empty_file, half_a_bin, text_instead_of_bin, missing_shard,
-    half_a_shard, shard_without_what_the_index_says, shard_outside_the_folder, index_without_a_map, missing_tensor,
-    missing_head, surplus_tensor, surplus_layer, other_shape, transposed], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_folder, no_weights, half_a_file, half_a_header, empty_file, half_a_bin, text_instead_of_bin,
+        missing_shard, half_a_shard, shard_without_what_the_index_says, shard_outside_the_folder,
+        index_without_a_map, missing_tensor, missing_head, surplus_tensor, surplus_layer, other_shape,
+        transposed,
+    ],
+    ids=lambda spoil: spoil.__name__,
+)
 def test_damaged_folder_is_refused(folder, spoil):
     refused(folder, *spoil(folder))
 
@@ -489,7 +541,7 @@ def test_adapter_folder_is_refused_with_the_function_that_reads_it(folder, tmp_p
     refused(tmp_path / "adapter", "lora.load_model")
 
 
-# ------------------------------------------------------------------------------------------------ invariances
+# -------------------------------------------------------------------------------------- invariances
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [[1] * 20, [7, 1, 5, 1, 6], [20]])
 def test_with_the_cache_logits_equal_those_of_the_whole_text(steps):
@@ -512,20 +564,25 @@ def test_a_text_alone_equals_the_text_padded_in_a_batch(changes):
     for row in range(3):
         alone = ids[row][mask[row]][None]
         assert_close(model(alone, torch.ones_like(alone))[0], together[row][mask[row]], atol=1e-5, rtol=1e-5)
-        assert torch.equal(model.generate(alone, torch.ones_like(alone), 12, temperature=0)[0][0], answers[row])
+        assert torch.equal(
+            model.generate(alone, torch.ones_like(alone), 12, temperature=0)[0][0], answers[row]
+        )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("start, end", [([0, 8, 16], [17, 17, 17]), ([0, 0, 0], [17, 9, 1]), ([1, 8, 3], [16, 12, 4])],
-                         ids=["left", "right", "both"])
+@pytest.mark.parametrize(
+    "start, end",
+    [([0, 8, 16], [17, 17, 17]), ([0, 0, 0], [17, 9, 1]), ([1, 8, 3], [16, 12, 4])],
+    ids=["left", "right", "both"],
+)
 def test_ids_under_the_padding_change_nothing_bit_for_bit(start, end):
     model, ids, columns = tiny_llama(), batch(17, 17, 17)[0], torch.arange(17)
     mask = (columns >= torch.tensor(start)[:, None]) & (columns < torch.tensor(end)[:, None])
     spoilt = ids.where(mask, batch(17, 17, 17, seed=1)[0])
     assert (ids != spoilt).any() and torch.equal(model(ids, mask)[mask], model(spoilt, mask)[mask])
-    if end == [17, 17, 17]:                                        # prompts are padded on the left
-        for a, b in zip(model.generate(ids, mask, 8, temperature=0), model.generate(spoilt, mask, 8, temperature=0)):
-            assert torch.equal(a, b)
+    if end == [17, 17, 17]:  # prompts are padded on the left
+        expected, found = (model.generate(x, mask, 8, temperature=0) for x in (ids, spoilt))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @torch.no_grad()
@@ -543,7 +600,7 @@ def test_nothing_depends_on_the_number_of_a_word():
     expected = model(ids, mask)
     words = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[words])
-    assert words[0] != 0 and (ids[mask] == 0).any()                # among them unk, which is also what padding holds
+    assert words[0] != 0 and (ids[mask] == 0).any()         # among them unk, which is also what padding holds
     assert torch.equal(model(words.argsort()[ids], mask)[mask], expected[mask])
 
 
@@ -552,7 +609,7 @@ def test_nothing_depends_on_the_number_of_a_word():
 def test_a_mask_of_numbers_means_the_same(dtype):
     model, (ids, mask) = tiny_llama(), batch(9, 4)
     assert torch.equal(model(ids, mask.to(dtype)), model(ids, mask))
-    for a, b in zip(model.generate(ids, mask.to(dtype), 4, 0), model.generate(ids, mask, 4, 0)):
+    for a, b in zip(model.generate(ids, mask.to(dtype), 4, 0), model.generate(ids, mask, 4, 0), strict=True):
         assert torch.equal(a, b)
 
 
@@ -576,7 +633,7 @@ def test_inputs_are_never_written_into():
     model(ids, mask, mask)
     model.generate(ids, mask, 6, 0.7, top_k=5, top_p=0.9, eos_id=2, uniforms=uniforms)
     sample(logits, 0.7, 3, 0.9, uniforms[:, 0])
-    for tensor, copy in zip(inputs, before):
+    for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor, copy)
 
 
@@ -607,7 +664,8 @@ def test_gradients_with_checkpointing_are_the_same(trained):
 
 @torch.no_grad()
 def test_rope_is_not_rounded_with_the_model():
-    # quick waves and late positions: frequencies in bfloat16 would be 1 % of the logits off, angles 7 %, this is 0.03 %
+    # quick waves and late positions: frequencies in bfloat16 would be 1 % of the logits off, angles 7 %, this
+    # is 0.03 %
     changes = {"head_dim": 32, "rope_theta": 10.0, "std": 0.2}
     half, whole, (ids, mask) = tiny_llama(**changes).to(torch.bfloat16), tiny_llama(**changes), batch(250)
     whole.load_state_dict(half.state_dict())
@@ -615,7 +673,7 @@ def test_rope_is_not_rounded_with_the_model():
     assert (a - b).pow(2).mean() < 0.002 * b.pow(2).mean()
 
 
-# ------------------------------------------------------------------------------------------------ generate
+# -------------------------------------------------------------------------------------- generate
 @pytest.fixture(scope="module")
 def talker():
     """A model of a dozen words, whose answers end (id 2) after anything from one word to many."""
@@ -627,7 +685,7 @@ def prompts(rows=16, vocab=12):
 
 
 def endless(talker):
-    """Prompts, their random numbers, the answers of 24 words that do not stop at EOS, and where each should have."""
+    """Prompts, random numbers, answers of 24 words that do not stop at EOS, and the length up to EOS."""
     uniforms = torch.rand(16, 24, generator=torch.Generator().manual_seed(0))
     response, real = talker.generate(*prompts(), 24, uniforms=uniforms)
     assert response.shape == (16, 24) and real.all()
@@ -638,11 +696,37 @@ def endless(talker):
 
 @pytest.mark.parametrize("longest", [24, 23])
 def test_an_answer_is_the_endless_one_up_to_its_eos(talker, longest):
-    ids, mask, uniforms, expected, lengths = (tensor[endless(talker)[4] <= longest] for tensor in endless(talker))
+    ids, mask, uniforms, expected, lengths = (
+        tensor[endless(talker)[4] <= longest] for tensor in endless(talker)
+    )
     response, real = talker.generate(ids, mask, 24, eos_id=2, uniforms=uniforms)
     R = lengths.max()                                              # ends where the last row ends
     assert torch.equal(real, torch.arange(R) < lengths[:, None])   # EOS is part of the answer
     assert torch.equal(response, expected[:, :R] * real)           # id 0 after it
+
+
+@pytest.mark.parametrize("eos_ids", [[2], [2, 5], [5, 2, 11], [0, 2], (2, 5)])
+def test_an_answer_ends_at_the_first_of_several_eos_ids(talker, eos_ids):
+    ids, mask, uniforms, expected, _ = endless(talker)
+    ends = (expected[..., None] == torch.tensor(eos_ids)).any(-1)
+    lengths = torch.where(ends.any(1), ends.long().argmax(1) + 1, 24)
+    response, real = talker.generate(ids, mask, 24, eos_id=eos_ids, uniforms=uniforms)
+    R = lengths.max()
+    assert torch.equal(real, torch.arange(R) < lengths[:, None]) and torch.equal(
+        response, expected[:, :R] * real
+    )
+    steps = list(talker.decode(ids, mask, 24, eos_id=eos_ids, uniforms=uniforms))
+    assert torch.equal(torch.stack(steps, 1), response)
+    if len(eos_ids) == 1:
+        one = talker.generate(ids, mask, 24, eos_id=eos_ids[0], uniforms=uniforms)
+        assert torch.equal(one[0], response) and torch.equal(one[1], real)
+
+
+@pytest.mark.parametrize("eos_id", [None, []])
+def test_without_an_eos_id_no_answer_ends(talker, eos_id):
+    ids, mask, uniforms, expected, _ = endless(talker)
+    response, real = talker.generate(ids, mask, 24, eos_id=eos_id, uniforms=uniforms)
+    assert torch.equal(response, expected) and real.all()
 
 
 def test_decode_yields_one_step_at_a_time_and_stops_with_the_last_row(talker):
@@ -657,7 +741,7 @@ def test_decode_yields_one_step_at_a_time_and_stops_with_the_last_row(talker):
     assert torch.equal(torch.stack([next(walk), next(walk)], 1), response[:, :2])
     walk.close()
     handle.remove()
-    assert calls == [5, 1]                                         # the prompt once, then one word: nothing ahead
+    assert calls == [5, 1]                                     # the prompt once, then one word: nothing ahead
 
 
 def test_an_answer_ends_with_its_own_rows_where_another_rank_goes_on(talker, monkeypatch):
@@ -684,7 +768,9 @@ def test_an_answer_depends_neither_on_other_rows_nor_on_their_order(talker):
     assert torch.equal(response[order], again) and torch.equal(real[order], again_real)
     for row in range(16):
         alone = ids[row][mask[row]][None]
-        own, _ = talker.generate(alone, torch.ones_like(alone), 10, 0.8, eos_id=2, uniforms=uniforms[row:row + 1])
+        own, _ = talker.generate(
+            alone, torch.ones_like(alone), 10, 0.8, eos_id=2, uniforms=uniforms[row : row + 1]
+        )
         assert own[0].tolist() == response[row][real[row]].tolist()
 
 
@@ -728,15 +814,17 @@ def test_generated_words_come_as_often_as_the_softmax_says(talker):
     with torch.no_grad():
         expected = rows * (talker(ids, mask)[0, -1] / temperature).softmax(-1)
     seen = response.flatten().bincount(minlength=12)
-    assert ((seen - expected).square() / expected).sum() < 38     # chi-square of 11 degrees: above 37.4 once in 10,000
+    assert (
+        (seen - expected).square() / expected
+    ).sum() < 38  # chi-square of 11 degrees: above 37.4 once in 10,000
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# -------------------------------------------------------------------------------------- sampling
 PROBS = torch.tensor([0.05, 0.5, 0.1, 0.25, 0.07, 0.03])           # in order: words 1, 3, 2, 4, 0, 5
 
 
 def grid(n):
-    """n random numbers spread evenly over [0, 1): each word comes n times its probability, give or take one."""
+    """n numbers spread evenly over [0, 1): each word comes n times its probability, give or take one."""
     return (torch.arange(n) + 0.5) / n
 
 
@@ -744,7 +832,7 @@ def grid(n):
     (0, 1.0, [0, 1, 2, 3, 4, 5]), (1, 1.0, [1]), (2, 1.0, [1, 3]), (4, 1.0, [1, 2, 3, 4]),
     (99, 1.0, [0, 1, 2, 3, 4, 5]), (0, 0.3, [1]), (0, 0.49, [1]), (0, 0.51, [1, 3]), (0, 0.74, [1, 3]),
     (0, 0.76, [1, 2, 3]), (0, 0.98, [0, 1, 2, 3, 4, 5]), (0, 0.0, [1]), (1, 0.99, [1]),
-    (2, 0.6, [1]), (2, 0.7, [1, 3])])                              # of the two best words the first holds 0.67
+    (2, 0.6, [1]), (2, 0.7, [1, 3])])                             # of the two best words the first holds 0.67
 def test_top_k_and_top_p_keep_the_right_words_in_proportion(top_k, top_p, words):
     other = PROBS.flip(0)                                          # a second row, which must not matter
     logits = torch.stack([PROBS, other]).log().repeat(2000, 1)
@@ -774,7 +862,7 @@ def test_words_of_no_probability_are_never_sampled(low, top_k, top_p):
             assert all(new[row] in logits[row].topk(top_k).indices for row in range(8))
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# -------------------------------------------------------------------------------------- memory
 MEASURE = """
 import sys
 from llama import Llama
@@ -811,12 +899,12 @@ def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
     model, B, R, eos = tiny_llama(), 8, 6, 2
     ids, mask = torch.randint(3, 300, (B, 5)), torch.ones(B, 5, dtype=torch.bool)
     mask[3, :2] = False
-    lengths = torch.tensor([1, 6, 2, 3, 2, 2, 3, 1])               # row r says EOS as its token number lengths[r]
+    lengths = torch.tensor([1, 6, 2, 3, 2, 2, 3, 1])           # row r says EOS as its token number lengths[r]
     uniforms = (torch.arange(R) == lengths[:, None] - 1).float()
     seen = []
     model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
 
-    def scripted(logits, temperature, top_k, top_p, u):            # the likeliest word but EOS, or EOS where u says so
+    def scripted(logits, temperature, top_k, top_p, u):   # the likeliest word but EOS, or EOS where u says so
         likely = logits.index_fill(1, torch.tensor([eos]), -1e9).argmax(-1)
         return torch.where(u > 0.5, eos, likely)
 
@@ -824,8 +912,10 @@ def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
     response, response_mask = model.generate(ids, mask, R, eos_id=eos, uniforms=uniforms)
     assert seen == [8, 8, 3, 1, 1, 1]
     assert response_mask.sum(1).tolist() == lengths.tolist()
-    for r in range(B):                       # the same answers as alone
-        alone, alone_mask = model.generate(ids[r:r + 1], mask[r:r + 1], R, eos_id=eos, uniforms=uniforms[r:r + 1])
+    for r in range(B):  # the same answers as alone
+        alone, alone_mask = model.generate(
+            ids[r : r + 1], mask[r : r + 1], R, eos_id=eos, uniforms=uniforms[r : r + 1]
+        )
         assert torch.equal(alone[0], response[r, :lengths[r]]), r
 
 
@@ -835,10 +925,10 @@ def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
 
     def capture(self):
         captured.append((len(self.ids), self.mask.shape[1]))
-        self.out = self.run().clone()
-        self.graph = SimpleNamespace(replay=lambda: self.out.copy_(self.run()))
+        self.logits = self.run().clone()
+        self.graph = SimpleNamespace(replay=lambda: self.logits.copy_(self.run()))
 
-    monkeypatch.setattr(llama.CapturedStep, "capture", capture)
+    monkeypatch.setattr(speed.CapturedStep, "capture", capture)
     model, P, R = tiny_llama(), 5, 14
     ids = torch.randint(3, 300, (4, P + R))
     mask = torch.ones(4, P + R, dtype=torch.bool)
@@ -846,33 +936,59 @@ def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
     with torch.no_grad():
         expected = model(ids, mask)
         cache = KVCache(model.config, 4, P + R, torch.float32, "cpu")
-        model.next_logits(ids[:, :P], mask[:, :P], cache)
-        step = llama.CapturedStep(model.next_logits, None, block=8)
+        step = speed.CapturedStep(model.next_logits, None, block=8)
+        assert_close(step(ids[:, :P], mask[:, :P], cache), expected[:, P - 1], atol=1e-5, rtol=0)
+        assert not captured                  # the prompt, of another shape, is no graph
         for t in range(P, P + R):
             if t == 12:                      # half of the rows have ended
                 keep = torch.tensor([1, 2])
                 ids, mask, expected = ids[keep], mask[keep], expected[keep]
                 cache.keep(keep)
-            logits = step(ids[:, t:t + 1], mask, cache, t + 1)
+            logits = step(ids[:, t:t + 1], mask[:, :t + 1], cache)
             assert_close(logits, expected[:, t], atol=1e-5, rtol=0)
     assert captured == [(4, 8), (4, 16), (2, 16), (2, 19)]
 
 
+def test_the_steps_on_a_cpu_read_the_head_in_columns_unless_it_has_an_adapter(monkeypatch):
+    """An adapter on the head is no part of its weight, so a copy of the weight would leave it out."""
+    taken, product = [], speed.thin_product
+    monkeypatch.setattr(speed, "thin_product", lambda *args: taken.append(args) or product(*args))
+    model = tiny_llama()
+    plain, _ = model.generate(*batch(9, 4), 5, temperature=0)
+    assert [columns.shape for _, columns in taken] == [(32, 352)] * 5
+    lora.add_lora(model, 2, 64, ["lm_head"])
+    for parameter in lora.adapter_parameters(model, "default"):
+        torch.nn.init.normal_(parameter)
+    adapted, _ = model.generate(*batch(9, 4), 5, temperature=0)
+    assert len(taken) == 5 and not torch.equal(plain, adapted)
+    text, real = torch.cat([batch(9, 4)[0], adapted], 1), torch.cat([batch(9, 4)[1], adapted >= 0], 1)
+    with torch.no_grad():
+        assert torch.equal(model(text, real)[:, 8:-1].argmax(-1), adapted)
+
+
 @pytest.mark.parametrize("bits, found", [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_product_tells_whether_onednn_keeps_float32(bits, found, monkeypatch):
-    """The product is rounded by hand, so that the test means the same on processors with bfloat16 units and without."""
+    """The product is rounded by hand, so that the test means the same on processors with bfloat16 units and
+    without."""
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(llama.F, "linear", lambda a, b: linear(a.to(bits).double(), b.to(bits).double()).to(a.dtype)
-                        if a.dtype == torch.float32 else linear(a, b))
-    llama.onednn_is_float32.cache_clear()
+    monkeypatch.setattr(
+        speed.F,
+        "linear",
+        lambda a, b: (
+            linear(a.to(bits).double(), b.to(bits).double()).to(a.dtype)
+            if a.dtype == torch.float32
+            else linear(a, b)
+        ),
+    )
+    speed.onednn_is_float32.cache_clear()
     before = torch.get_float32_matmul_precision()
-    assert llama.onednn_is_float32() is found and torch.get_float32_matmul_precision() == before
-    llama.onednn_is_float32.cache_clear()
+    assert speed.onednn_is_float32() is found and torch.get_float32_matmul_precision() == before
+    speed.onednn_is_float32.cache_clear()
 
 
 @pytest.mark.parametrize("is_float32, precision", [(True, "medium"), (False, "highest")])
 def test_the_thin_product_is_by_onednn_only_where_that_is_float32(is_float32, precision, monkeypatch):
-    monkeypatch.setattr(llama, "onednn_is_float32", lambda: is_float32)
+    monkeypatch.setattr(speed, "onednn_is_float32", lambda: is_float32)
     taken = []
 
     class Watched(torch.Tensor):
@@ -881,7 +997,10 @@ def test_the_thin_product_is_by_onednn_only_where_that_is_float32(is_float32, pr
             return torch.Tensor.__matmul__(self, other)
 
     before = torch.get_float32_matmul_precision()
-    x, columns = torch.randint(-8, 8, (4, 32)).float(), torch.randint(-8, 8, (32, 9)).float()    # exact in bfloat16 too
-    product = llama.thin_product(x.as_subclass(Watched), columns).as_subclass(torch.Tensor)
+    x, columns = (
+        torch.randint(-8, 8, (4, 32)).float(),
+        torch.randint(-8, 8, (32, 9)).float(),
+    )  # exact in bfloat16 too
+    product = speed.thin_product(x.as_subclass(Watched), columns).as_subclass(torch.Tensor)
     assert torch.equal(product, x @ columns)
     assert taken == [precision] and torch.get_float32_matmul_precision() == before

@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,9 +14,23 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lora
 from conftest import run_script, tiny_llama
 from llama import BadInput, Llama
-from lora import (LoRALinear, adapter_parameters, add_lora, attach, load_adapter, load_model, lora_layers, merge_lora,
-                  save_adapter, use_adapter)
+from lora import (
+    LoRALinear,
+    adapter_parameters,
+    add_lora,
+    attach,
+    load_adapter,
+    load_model,
+    lora_layers,
+    merge_lora,
+    resolve,
+    save_adapter,
+    save_model,
+    trainable,
+    use_adapter,
+)
 from reward import RewardModel, load_reward_model
+from runtime.errors import exit_with_one_line
 from runtime.folders import copy_tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,7 +61,11 @@ def with_adapter(model, rank=4, alpha=8, targets=("q_proj", "v_proj"), name="def
 @torch.no_grad()
 def logits(model, ids=IDS):
     """Answers of a model of ours, or of transformers or PEFT, to the same ids."""
-    return model(ids, torch.ones_like(ids)) if isinstance(model, (Llama, RewardModel)) else model(input_ids=ids).logits
+    return (
+        model(ids, torch.ones_like(ids))
+        if isinstance(model, (Llama, RewardModel))
+        else model(input_ids=ids).logits
+    )
 
 
 def assert_close(a, b, atol=1e-5):
@@ -82,12 +101,16 @@ def adapter(base, tmp_path):
 
 @pytest.fixture
 def reward_adapter(base, tmp_path):
-    save_adapter(with_adapter(RewardModel.from_pretrained(base)), tmp_path / "reward", "default", base, "SEQ_CLS")
+    save_adapter(
+        with_adapter(RewardModel.from_pretrained(base)), tmp_path / "reward", "default", base, "SEQ_CLS"
+    )
     return tmp_path / "reward"
 
 
-# ------------------------------------------------------------------------------------------------ on a model
-@pytest.mark.parametrize("rank, alpha, targets", [(1, 1, ["q_proj"]), (4, 16, ["q_proj", "k_proj"]), (6, 4, LINEARS)])
+# -------------------------------------------------------------------------------------- on a model
+@pytest.mark.parametrize(
+    "rank, alpha, targets", [(1, 1, ["q_proj"]), (4, 16, ["q_proj", "k_proj"]), (6, 4, LINEARS)]
+)
 def test_forward_equals_pefts(base, rank, alpha, targets):
     ours = with_adapter(Llama.from_pretrained(base), rank, alpha, targets)
     theirs = peft_model(base, r=rank, lora_alpha=alpha, target_modules=targets)
@@ -162,6 +185,40 @@ def test_a_reward_models_score_stays_trained():
     assert others == ["score.weight"]
 
 
+@pytest.mark.parametrize("kind", ["language model", "reward model"])
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_trainable_is_a_new_adapter_or_all_weights_and_the_score(kind, lora_rank):
+    model = tiny_llama() if kind == "language model" else RewardModel(tiny_llama().config)
+    weights = dict(model.named_parameters())
+    args = Namespace(lora_rank=lora_rank, lora_alpha=6.0, lora_targets=["v_proj"], lora_dropout=0.25)
+    found = trainable(model, args)
+    score = {"score.weight"} if kind == "reward model" else set()
+    if lora_rank == 0:
+        assert not lora_layers(model) and {n: id(p) for n, p in found.items()} == {
+            n: id(p) for n, p in weights.items()
+        }
+        return
+    layers = dict(lora_layers(model))
+    assert set(layers) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+    assert all((layer.active, layer.scale, layer.dropout) == ("default", {"default": 2.0}, {"default": 0.25})
+               for layer in layers.values())
+    adapter = {f"{path}.lora_{part}.default.weight": layer for path, layer in layers.items() for part in "AB"}
+    assert set(found) == set(adapter) | score
+    assert all(found[name] is model.get_parameter(name) and found[name].requires_grad for name in found)
+    assert {found[name].shape for name in adapter} == {(3, 32), (16, 3)}
+
+
+def test_trainable_goes_on_with_the_adapter_of_a_folder(adapter, reward_adapter):
+    args = Namespace(lora_rank=0)
+    model = load_model(adapter)
+    assert {id(p) for p in trainable(model, args).values()} == {
+        id(p) for p in adapter_parameters(model, "default")
+    }
+    model = load_reward_model(reward_adapter)
+    parts = [*adapter_parameters(model, "default"), model.score.weight]
+    assert {id(p) for p in trainable(model, args).values()} == set(map(id, parts))
+
+
 def test_dropout_acts_in_train_mode_only():
     model = with_adapter(tiny_llama(), dropout=0.5)
     still = logits(model.eval())
@@ -178,7 +235,7 @@ def test_dropout_keeps_the_mean():
     assert_close(layer.train()(x.expand(20000, 32)).mean(0), layer.eval()(x)[0], atol=0.2)
 
 
-# ------------------------------------------------------------------------------------------------ several adapters
+# -------------------------------------------------------------------------------------- several adapters
 def four_roles():
     model = tiny_llama(std=0.1)
     for name, targets in ROLES.items():
@@ -247,8 +304,10 @@ def test_adapters_hold_no_second_copy_of_the_base():
     assert {n: p.data_ptr() for n, p in model.named_parameters() if ".lora_" not in n} == weights
 
 
-# ------------------------------------------------------------------------------------------------ merging
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+# -------------------------------------------------------------------------------------- merging
+@pytest.mark.parametrize(
+    "config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
+)
 def test_the_merged_model_answers_as_the_adapter_did(config, tmp_path):
     model = with_adapter(tiny_llama(std=0.1, **config), targets=LINEARS)
     names, before = set(tiny_llama(**config).state_dict()), logits(model)
@@ -304,7 +363,7 @@ def test_a_merge_into_bfloat16_rounds_once(std):
         assert ((weight.double() - target).abs() <= half_a_unit * 1.001 + 1e-7).all()
 
 
-# ------------------------------------------------------------------------------------------------ our files in PEFT
+# -------------------------------------------------------------------------------------- our files in PEFT
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj"], LINEARS, ["layers.1.self_attn.q_proj"],
                                      ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"],
                                      ["k_proj", "1.mlp.up_proj"]])
@@ -340,7 +399,7 @@ def test_one_of_several_adapters_is_saved_alone(base, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-# ------------------------------------------------------------------------------------------------ round trips here
+# -------------------------------------------------------------------------------------- round trips here
 def uneven(config):
     """A model whose adapter has another rank and another alpha at every layer, and is missing at some."""
     model = tiny_llama(std=0.05, **config)
@@ -361,12 +420,14 @@ def test_uneven_ranks_and_alphas_survive_save_and_load(tmp_path, layers):
     save_adapter(model, tmp_path / "adapter", "default", tmp_path / "base", "CAUSAL_LM")
     again = load_model(tmp_path / "adapter")
     assert [p for p, _ in lora_layers(again)] == [p for p, _ in lora_layers(model)]
-    for (_, old), (_, new) in zip(lora_layers(model), lora_layers(again)):
+    for (_, old), (_, new) in zip(lora_layers(model), lora_layers(again), strict=True):
         assert torch.equal(old.lora_A["default"].weight, new.lora_A["default"].weight)
         assert torch.equal(old.lora_B["default"].weight, new.lora_B["default"].weight)
         assert new.scale["default"] == pytest.approx(old.scale["default"], rel=1e-12)
     assert torch.equal(logits(again), logits(model))
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     assert_close(logits(theirs), logits(model))
 
 
@@ -378,7 +439,7 @@ def test_an_adapter_is_the_same_after_save_and_load(base, tmp_path, rank, alpha,
     save_adapter(model, tmp_path, "default", base, "CAUSAL_LM")
     again = load_model(tmp_path)
     assert torch.equal(logits(again.eval()), logits(model.eval()))
-    for (path, old), (twin, new) in zip(lora_layers(model), lora_layers(again), strict=True):
+    for (path, _), (twin, new) in zip(lora_layers(model), lora_layers(again), strict=True):
         assert path == twin and new.dropout == {"default": 0.25}
     trained = [n for n, p in again.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in n for n in trained)         # a loaded adapter is trained on
@@ -402,7 +463,34 @@ def test_loading_a_second_adapter_leaves_the_one_in_use(base, adapter):
     assert differs(logits(model), before)
 
 
-# ------------------------------------------------------------------------------------------------ PEFT's files here
+@pytest.mark.parametrize("kind", ["language model", "reward model"])
+@pytest.mark.parametrize("name", [None, "critic"])
+def test_save_model_writes_a_folder_that_loads(base, tmp_path, kind, name):
+    is_reward = kind == "reward model"
+    model = (RewardModel if is_reward else Llama).from_pretrained(base)
+    model.config.eos_token_id = 7            # the tokenizer's, where config.json has another
+    if name:
+        with_adapter(model, name=name)
+    save_model(model, tmp_path / "out", base, base, name)
+    loaded = (load_reward_model if is_reward else load_model)(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    weights = (
+        {"adapter_config.json", "adapter_model.safetensors"} if name else {"config.json", "model.safetensors"}
+    )
+    assert files == weights | {"tokenizer.model", "tokenizer_config.json"} | (
+        set() if is_reward else {"generation_config.json"})
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    if name:
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["task_type"] == ("SEQ_CLS" if is_reward else "CAUSAL_LM")
+        assert config["base_model_name_or_path"] == str(base.resolve())
+    if not is_reward:
+        ids = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+        assert ids == {"bos_token_id": 1, "eos_token_id": 7}
+
+
+# -------------------------------------------------------------------------------------- PEFT's files here
 MIXED = {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7},
          "alpha_pattern": {"up_proj": 3, "0.self_attn.q_proj": 5}}
 FOREIGN = {
@@ -478,7 +566,7 @@ def test_pefts_reward_adapter_scores_here_as_there(base, tmp_path, options):
     assert_close(scores, logits(theirs))
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("key, value", [
     ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("layers_to_transform", [0]),
     ("layers_to_transform", 0), ("trainable_token_indices", [5]), ("modules_to_save", ["embed_tokens"]),
@@ -502,11 +590,26 @@ def test_such_adapters_from_peft_itself_are_refused_by_name(base, tmp_path, opti
         load_model(tmp_path, base=base)
 
 
-@pytest.mark.parametrize("changes", [{"r": "8"}, {"r": None}, {"r": 0}, {"lora_alpha": "x"}, {"target_modules": None},
-                                     {"target_modules": "("}, {"target_modules": [7]}, {"target_modules": "nothing"},
-                                     {"rank_pattern": {"(": 4}}, {"rank_pattern": ["q_proj"]}, {"lora_dropout": "x"},
-                                     {"rank_pattern": {"q_proj": "4"}}, {"alpha_pattern": {"q_proj": "4"}},
-                                     {"modules_to_save": "score"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "8"},
+        {"r": None},
+        {"r": 0},
+        {"lora_alpha": "x"},
+        {"target_modules": None},
+        {"target_modules": "("},
+        {"target_modules": [7]},
+        {"target_modules": "nothing"},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": ["q_proj"]},
+        {"lora_dropout": "x"},
+        {"rank_pattern": {"q_proj": "4"}},
+        {"alpha_pattern": {"q_proj": "4"}},
+        {"modules_to_save": "score"},
+        {"lora_alpha": 10**400},
+    ],
+)
 def test_a_config_that_makes_no_sense_is_refused(adapter, changes):
     edit_config(adapter, **changes)
     with pytest.raises(BadInput):
@@ -586,15 +689,17 @@ def test_a_reward_adapter_without_its_head_is_refused(reward_adapter, modules_to
         load_reward_model(reward_adapter)
 
 
-# ------------------------------------------------------------------------------------------------ any folder
+# -------------------------------------------------------------------------------------- any folder
 def test_load_model_reads_a_full_folder(base):
     model = load_model(base)
     assert not lora_layers(model) and torch.equal(logits(model), logits(Llama.from_pretrained(base)))
 
 
 def test_load_model_finds_the_base_at_its_absolute_path(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)              # from anywhere
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.resolve())
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base.resolve()
+    )
     model = load_model("adapter")
     assert {layer.active for _, layer in lora_layers(model)} == {"default"}
     assert differs(logits(model), logits(load_model(base)))
@@ -637,6 +742,14 @@ def test_a_base_given_that_is_not_there_is_refused(adapter, tmp_path):
         load_model(adapter, base=tmp_path / "nowhere")
 
 
+def test_a_base_given_for_a_full_folder_is_refused(base, adapter):
+    assert resolve(base) == (base.resolve(), None) and resolve(adapter, base) == (base.resolve(), adapter)
+    message = f"^--base .*: {re.escape(str(base))} is a full folder, which has no base"
+    for read in (resolve, load_reward_model, lambda path, base: load_model(path, base=base)):
+        with pytest.raises(BadInput, match=message):
+            read(base, base=base)
+
+
 def test_no_folder_at_all_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no such folder"):
         load_model(tmp_path / "nowhere")
@@ -652,7 +765,7 @@ def test_load_model_refuses_a_reward_models_adapter(reward_adapter):
         load_model(reward_adapter)
 
 
-# ------------------------------------------------------------------------------------------------ python lora.py
+# -------------------------------------------------------------------------------------- python lora.py
 def test_lora_py_merges_into_a_folder_that_transformers_loads(adapter, tmp_path):
     (adapter / "generation_config.json").write_text('{"eos_token_id": 2}\n')
     result = run_script("lora.py", adapter, "--out", tmp_path / "merged")
@@ -692,7 +805,9 @@ def test_lora_py_merges_a_reward_models_adapter(base, tmp_path, merge, kind, tie
     scores = model(IDS, MASK).detach()
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert_close(logits(theirs), scores.gather(1, MASK.sum(1, keepdim=True) - 1), atol=1e-4)
-    assert_close(RewardModel.from_pretrained(tmp_path / "merged")(IDS, MASK).detach()[MASK], scores[MASK], atol=1e-4)
+    assert_close(
+        RewardModel.from_pretrained(tmp_path / "merged")(IDS, MASK).detach()[MASK], scores[MASK], atol=1e-4
+    )
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     assert json.loads((tmp_path / "merged" / "reward_stats.json").read_text()) == {"mean": 1.5}
 
@@ -710,5 +825,28 @@ def test_lora_py_takes_the_base_by_flag(base, adapter, tmp_path, merge):
 def test_lora_py_refuses_a_full_folder_in_one_line_and_writes_nothing(base, tmp_path):
     result = run_script("lora.py", base, "--out", tmp_path / "merged")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and str(base) in result.stderr
+    assert (
+        result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and str(base) in result.stderr
+    )
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (None, None, ""), (KeyboardInterrupt(), 130, ""), (BadInput("a.json: is\nnot \x1b[1mJSON"), 2,
+                                                       "error: a.json: is not [1mJSON\n")])
+def test_a_program_ends_with_one_line_and_its_status(error, status, line, capsys):
+    def main():
+        if error:
+            raise error
+    if status is None:
+        exit_with_one_line(main)
+    else:
+        with pytest.raises(SystemExit) as caught:
+            exit_with_one_line(main)
+        assert caught.value.code == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_with_one_line(lambda: 1 / 0)

@@ -1,5 +1,7 @@
-"""Several machines: deepspeed's hostfile without ssh, as two "machines" of two processes on loopback, with one disk for
-both and with a disk for each (a working folder of its own, in which --out is a relative path)."""
+"""Several machines: deepspeed's hostfile without ssh, as two "machines" of two processes on loopback.
+
+They have one disk for both, or a disk each: a working folder of their own, in which --out is a relative path.
+"""
 import os
 import random
 import signal
@@ -13,18 +15,21 @@ from conftest import REPO
 from test_faults import assert_same, command, last_step, record, wait_for_step  # noqa: F401 (fixture)
 from test_trainers import inputs, trained  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 FLAGS = {"--steps": "8", "--save-every": "2", "--log-every": "1", "--micro-batch": "1"}
 
 
 def start(words, disks, hostfile, script="sft.py"):
     """The launchers of two machines, started in their folders."""
-    port = str(random.randint(20000, 40000))
-    return [subprocess.Popen([str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh",
-                              "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port,
-                              str(REPO / script), *words], cwd=disk, text=True, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            for rank, disk in enumerate(disks)]
+    launcher = [Path(sys.executable).parent / "deepspeed", "--hostfile", hostfile, "--no_ssh",
+                "--master_addr", "127.0.0.1", "--master_port", random.randint(20000, 40000)]
+    machines = []
+    for rank, disk in enumerate(disks):
+        flags = [str(word) for word in [*launcher, "--node_rank", rank, REPO / script, *words]]
+        machines.append(subprocess.Popen(flags, cwd=disk, text=True, start_new_session=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                         env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    return machines
 
 
 def complete(*start_with):
@@ -35,9 +40,7 @@ def complete(*start_with):
 
 
 @pytest.mark.parametrize("disks", ["one disk", "a disk each"])
-def test_two_machines_save_are_killed_and_resume(disks, command, full, tmp_path):
-    if not full and disks == "one disk":
-        pytest.skip("the harder of the two is enough but in ./run.sh faults")
+def test_two_machines_save_are_killed_and_resume(disks, command, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("first slots=2\nsecond slots=2\n")
     folders = [tmp_path / "a", tmp_path / ("a" if disks == "one disk" else "b")]
@@ -53,9 +56,9 @@ def test_two_machines_save_are_killed_and_resume(disks, command, full, tmp_path)
     for machine in machines:
         os.killpg(machine.pid, signal.SIGKILL)
         machine.communicate()
-    for folder in folders:                   # on a disk of its own, a machine keeps what its ranks need, and no model
+    for machine, folder in enumerate(folders):           # its own disk has what its ranks need, and no model
         kept = folder / "run" / "checkpoints" / "step-4"
-        assert (kept / "manifest.json").exists() and (kept / f"rank-{2 * folders.index(folder)}.pt").exists()
+        assert (kept / "manifest.json").exists() and (kept / f"rank-{2 * machine}.pt").exists()
     assert disks == "one disk" or not (folders[1] / "run" / "metrics.jsonl").exists()
 
     said = complete(command("sft", "run", FLAGS, "--resume"), folders, hostfile)

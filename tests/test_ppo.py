@@ -9,15 +9,36 @@ import torch.distributed as dist
 import ppo
 from conftest import tiny_llama
 from data import Tokenizer, collate_prompts, encode_prompt, read_records
-from llama import BadInput, Llama
-from lora import add_lora, load_model, save_adapter, use_adapter
-from ppo import (build_roles, explained_variance, gae, policy_loss, policy_measures, random_numbers, response_logps,
-                 rollout, shape_rewards, token_logps, trained_parameters, trim, value_loss, whiten)
+from llama import Llama
+from lora import add_lora, load_model, save_adapter
+from ppo import (
+    Measures,
+    Rollout,
+    advantages,
+    answer_logps,
+    build_roles,
+    entropy,
+    explained_variance,
+    gae,
+    kl_per_token,
+    my_micro_batches,
+    policy_loss,
+    policy_measures,
+    random_numbers,
+    read_inputs,
+    rollout,
+    shape_rewards,
+    steered,
+    token_logps,
+    token_rewards,
+    trained_weights,
+    value_loss,
+    whiten,
+)
 from reward import RewardModel, load_reward_model
+from runtime.errors import BadInput
 from runtime.folders import copy_tokenizer
 from runtime.log import Log
-from runtime.ranks import say
-
 
 def some(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -31,7 +52,7 @@ def ragged(lengths, width=None):
 MASK = ragged([3, 6, 1, 5], 6)
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
+# ------------------------------------------------------------------------------------------ log-probabilities
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 def test_token_logps_are_a_log_softmax_at_the_temperature(temperature):
     logits, ids = 4 * some(3, 5, 11), torch.randint(11, (3, 5), generator=random_numbers(1, 1))
@@ -81,10 +102,11 @@ def test_gae_is_the_sum_that_defines_it(gamma, lam):
     lengths = torch.randint(1, 18, (40,), generator=rng).tolist()
     rewards, values = (torch.randn(40, 17, generator=rng, dtype=torch.float64) for _ in range(2))
     advantages, returns = gae(rewards, values, ragged(lengths, 17), gamma, lam)
-    for r, v, advantage, n in zip(rewards.tolist(), values.tolist(), advantages, lengths):
+    for r, v, advantage, n in zip(rewards.tolist(), values.tolist(), advantages, lengths, strict=True):
         v = [*v[:n], 0.0]                    # after the last token nothing is worth anything
         for t in range(n):
-            by_hand = math.fsum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(n - t))
+            by_hand = math.fsum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k])
+                                for k in range(n - t))
             assert abs(advantage[t].item() - by_hand) < 1e-12
     assert torch.allclose(returns, (advantages + values) * ragged(lengths, 17), rtol=0, atol=1e-15)
 
@@ -100,8 +122,8 @@ def test_gae_at_lambda_one_is_what_was_earned_less_what_was_expected():
 def test_nothing_outside_the_mask_reaches_an_advantage():
     rewards, values = some(4, 6, seed=1), some(4, 6, seed=2)
     clean = gae(rewards, values, MASK, 0.99, 0.95)
-    dirty = gae(rewards.where(MASK, torch.tensor(1e6)), values.where(MASK, torch.tensor(-1e6)), MASK, 0.99, 0.95)
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+    rewards, values = rewards.where(MASK, torch.tensor(1e6)), values.where(MASK, torch.tensor(-1e6))
+    assert all(map(torch.equal, clean, gae(rewards, values, MASK, 0.99, 0.95)))
 
 
 def test_an_answer_has_the_same_advantages_alone_and_beside_longer_ones():
@@ -116,7 +138,7 @@ def test_whitened_numbers_have_mean_zero_and_variance_one_over_the_mask():
     white = whiten(x, MASK)
     assert abs(white[MASK].mean()) < 1e-12 and abs(white[MASK].var(correction=0) - 1) < 1e-6
     assert torch.equal(white, whiten(x.where(MASK, torch.tensor(1e4).double()), MASK))
-    assert torch.equal(whiten(torch.full((1, 3), 2.0), ragged([3])), torch.zeros(1, 3))          # no variance, no NaN
+    assert torch.equal(whiten(torch.full((1, 3), 2.0), ragged([3])), torch.zeros(1, 3))  # no variance, no NaN
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -137,12 +159,12 @@ def test_policy_loss_clips_only_what_goes_too_far(ratio, adv, loss, gradient):
     new = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
     result = policy_loss(new, torch.tensor([[-1.0]]), torch.tensor([[adv]]), torch.ones(1, 1), 0.2)
     result.backward()
-    assert result.item() == pytest.approx(loss, rel=1e-5) and new.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert (result.item(), new.grad.item()) == pytest.approx((loss, gradient), rel=1e-5)
 
 
 @pytest.mark.parametrize("new, returns, loss, gradient", [
     (1.1, 2.0, 0.5 * 0.9 ** 2, -0.9),        # within the clip of the old value 1
-    (1.5, 2.0, 0.5 * 0.8 ** 2, 0.0),         # towards the return, beyond the clip: the clipped error is larger
+    (1.5, 2.0, 0.5 * 0.8 ** 2, 0.0),         # towards the return, past the clip: the clipped error is larger
     (1.5, 0.0, 0.5 * 1.5 ** 2, 1.5),         # away from the return: the true error is larger
     (0.5, 0.0, 0.5 * 0.8 ** 2, 0.0),
     (0.5, 2.0, 0.5 * 1.5 ** 2, -1.5),
@@ -151,7 +173,7 @@ def test_value_loss_takes_the_larger_error(new, returns, loss, gradient):
     new = torch.tensor([[new]], requires_grad=True)
     result = value_loss(new, torch.tensor([[1.0]]), torch.tensor([[returns]]), torch.ones(1, 1), 0.2)
     result.backward()
-    assert result.item() == pytest.approx(loss, rel=1e-5) and new.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert (result.item(), new.grad.item()) == pytest.approx((loss, gradient), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
@@ -181,9 +203,11 @@ def call_all(mask, x=None, logits=None):
     x = [some(4, 6, seed=i) for i in range(3)] if x is None else x
     logits = some(15, 7) if logits is None else logits
     return {"rewards": shape_rewards(x[0][:, 0], x[1], x[2], mask, 0.1, 1.0), "whiten": whiten(x[0], mask),
-            **dict(zip(("advantages", "returns"), gae(x[0], x[1], mask, 0.9, 0.9))),
+            **dict(zip(("advantages", "returns"), gae(x[0], x[1], mask, 0.9, 0.9), strict=True)),
             "policy_loss": policy_loss(*x, mask, 0.2), "value_loss": value_loss(*x, mask, 0.2),
-            "measures": torch.stack(policy_measures(x[0], logits, x[1], mask, 0.2, 1.0, mask.sum()))}
+            "kl": kl_per_token(x[0], x[1], mask), "entropy": entropy(logits, 1.0),
+            **policy_measures(x[0], x[1], mask, 0.2, mask.sum()),
+            **dict(zip(("whitened", "targets"), advantages(*x[:2], mask, 0.9, 0.9), strict=True))}
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32])
@@ -194,7 +218,7 @@ def test_a_mask_of_any_type_means_the_same(dtype):
 
 def test_tensors_of_tokens_are_zero_outside_the_mask():
     results = call_all(MASK)
-    for key in ("rewards", "whiten", "advantages", "returns"):
+    for key in ("rewards", "whiten", "advantages", "returns", "kl", "whitened", "targets"):
         assert results[key][~MASK].abs().max() == 0 and results[key][MASK].abs().min() > 0, key
 
 
@@ -204,7 +228,7 @@ def test_no_function_writes_into_its_arguments():
     call_all(mask, x, logits)
     token_logps(logits, torch.zeros(15, dtype=torch.long), 0.5)
     explained_variance(x[0], x[1], mask)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*x, mask, logits)))
+    assert all(map(torch.equal, before, (*x, mask, logits)))
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -222,10 +246,21 @@ def test_policy_measures_by_hand():
     ratio = torch.tensor([[1.5, 0.9, 0.5], [1.0, 9.0, 9.0]])
     mask = ragged([3, 1])
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]] * 3 + [[2 * math.log(3.0), 0.0, -1e4, -1e4]])
-    measures = policy_measures(old + ratio.log(), logits, old, mask, 0.2, temperature=2.0, total=4)
-    kl = sum(r - 1 - math.log(r) for r in (1.5, 0.9, 0.5)) / 4
-    entropy = (3 * math.log(4) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / 4    # at temperature 2: 3/4 and 1/4
-    assert [float(m) for m in measures] == pytest.approx([(1.5 + 0.9 + 0.5 + 1) / 4, 0.5, kl, entropy], rel=1e-5)
+    measures = policy_measures(old + ratio.log(), old, mask, 0.2, total=4)
+    assert {name: float(x) for name, x in measures.items()} == pytest.approx({
+        "ratio": (1.5 + 0.9 + 0.5 + 1) / 4, "clip_frac": 0.5,
+        "approx_kl": sum(r - 1 - math.log(r) for r in (1.5, 0.9, 0.5)) / 4}, rel=1e-5)
+    # the probabilities are 1/4 each in three rows, and 3/4 and 1/4 in the last one
+    at_temperature_2 = 3 * math.log(4) + 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    assert entropy(logits, 2.0).item() == pytest.approx(at_temperature_2, rel=1e-5)
+    assert entropy(logits.repeat(40, 1), 2.0).item() == pytest.approx(40 * at_temperature_2, rel=1e-5)
+
+
+def test_measures_are_means_over_micro_batches_and_a_measure_may_be_of_some_only():
+    measures = Measures()
+    measures.add(loss=torch.tensor(1.0, requires_grad=True), ratio=torch.tensor(1.0))
+    measures.add(loss=torch.tensor(4.0, requires_grad=True))
+    assert measures.means() == {"loss": 2.5, "ratio": 1.0}
 
 
 def test_random_numbers_depend_on_seed_and_step_alone():
@@ -238,11 +273,11 @@ def test_random_numbers_depend_on_seed_and_step_alone():
     assert len({draw(seed, step) for seed in (0, 1, 7) for step in (-1, 0, 1, 2)}) == 12
 
 
-# ------------------------------------------------------------------------------------------------ folders and roles
+# ------------------------------------------------------------------------------------------ folders and roles
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory):
-    """A process group of this process alone: what ranks do together, it does with itself. On one thread, since on a
-    busy machine tiny matrices wait for the other threads far longer than they take."""
+    """A process group of this process alone: what ranks do together, it does with itself. On one thread,
+    since on a busy machine tiny matrices wait for the other threads far longer than they take."""
     store, threads = tmp_path_factory.mktemp("group") / "store", torch.get_num_threads()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     torch.set_num_threads(1)
@@ -261,7 +296,8 @@ def randomize(model, seed):
 
 @pytest.fixture(scope="module")
 def folders(base, tokenizer_file, tmp_path_factory):
-    """Folders of actors and reward models by name: full ones, adapters on the base, and an adapter on another base."""
+    """Folders of actors and reward models by name: full ones, adapters on the base, and an adapter on
+    another base."""
     root = tmp_path_factory.mktemp("folders")
     names = ["other", "adapter", "reward", "reward-adapter", "reward-other"]
     made = {"full": base, **{name: root / name for name in names}}
@@ -287,8 +323,9 @@ def folders(base, tokenizer_file, tmp_path_factory):
 def roles_of(folders, monkeypatch):
     """roles_of(actor, reward, *flags) -> (roles, args)"""
     def build(actor, reward, *flags):
-        flags = ["--actor", folders[actor], "--reward", folders[reward], "--data", "none", "--out", "none", *flags]
-        monkeypatch.setattr("sys.argv", ["ppo.py", *map(str, flags)])
+        words = ["ppo.py", "--actor", folders[actor], "--reward", folders[reward], "--data", "none",
+                 "--out", "none", *flags]
+        monkeypatch.setattr("sys.argv", [str(word) for word in words])
         args = ppo.get_args()
         return build_roles(args, torch.float32, "cpu"), args
     return build
@@ -297,13 +334,16 @@ def roles_of(folders, monkeypatch):
 LORA = ("--lora-rank", "2", "--lora-targets", "q_proj,o_proj")
 CASES = {  # actor folder, reward folder, flags, networks in memory, adapters of actor, ref, critic, reward
     "all weights": ("full", "reward", (), 4, (None, None, None, None)),
-    "all weights, reward adapter on the same base": ("full", "reward-adapter", (), 3, (None, None, "critic", "reward")),
+    "all weights, reward adapter on the same base": (
+        "full", "reward-adapter", (), 3, (None, None, "critic", "reward")),
     "new adapters": ("full", "reward", LORA, 2, ("actor", None, "critic", None)),
     "new adapter, reward adapter on the same base": (
         "full", "reward-adapter", LORA, 1, ("actor", None, "critic", "reward")),
     "adapters on one base": ("adapter", "reward-adapter", (), 1, ("actor", "ref", "critic", "reward")),
     "adapters on two bases": ("adapter", "reward-other", (), 2, ("actor", "ref", "critic", "reward")),
     "actor adapter, full reward model": ("adapter", "reward", (), 3, ("actor", "ref", None, None)),
+    "actor adapter, new adapter for the critic": (
+        "adapter", "reward", LORA, 2, ("actor", "ref", "critic", None)),
 }
 FIXED = torch.tensor([[1, 300, 20, 3, 7, 44]])
 EVERYWHERE = torch.ones_like(FIXED, dtype=torch.bool)
@@ -314,23 +354,23 @@ def outputs(roles):
     """What each role says of a fixed text."""
     said = {}
     for role in ROLES:
-        use_adapter(*roles[role])
-        said[role] = roles[role][0](FIXED, EVERYWHERE)
+        said[role] = roles[role].activate()(FIXED, EVERYWHERE)
     return said
 
 
 def storages(roles):
     """data_ptr -> number of entries of the distinct parameters of all roles."""
-    return {p.data_ptr(): p.numel() for model, _ in roles.values() for p in model.parameters()}
+    return {p.data_ptr(): p.numel() for role in roles.values() for p in role.model.parameters()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_roles_share_networks_where_they_can(case, roles_of):
     actor, reward, flags, networks, adapters = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    assert tuple(roles) == ROLES and tuple(name for _, name in roles.values()) == adapters
-    assert len({model.model.layers[0].mlp.up_proj.weight.data_ptr() for model, _ in roles.values()}) == networks
-    assert len({model.model.embed_tokens.weight.data_ptr() for model, _ in roles.values()}) == networks
+    assert tuple(roles) == ROLES and tuple(role.adapter for role in roles.values()) == adapters
+    transformers = [role.model.model for role in roles.values()]
+    assert len({network.layers[0].mlp.up_proj.weight.data_ptr() for network in transformers}) == networks
+    assert len({network.embed_tokens.weight.data_ptr() for network in transformers}) == networks
 
 
 @pytest.mark.parametrize("case", ["adapters on one base", "new adapter, reward adapter on the same base"])
@@ -340,10 +380,10 @@ def test_four_roles_on_one_base_take_the_memory_of_about_one(case, roles_of, bas
     one = sum(p.numel() for p in Llama.from_pretrained(base).parameters())
     in_memory = storages(roles)
     for name, parameter in Llama.from_pretrained(base).named_parameters():
-        for model, _ in roles.values():
-            if hasattr(model, "lm_head") or name != "lm_head.weight":
-                shared = model.get_parameter(name)
-                assert shared.data_ptr() == roles["actor"][0].get_parameter(name).data_ptr()
+        for role in roles.values():
+            if hasattr(role.model, "lm_head") or name != "lm_head.weight":
+                shared = role.model.get_parameter(name)
+                assert shared.data_ptr() == roles["actor"].model.get_parameter(name).data_ptr()
                 assert torch.equal(shared, parameter)
     assert one < sum(in_memory.values()) < 1.2 * one
 
@@ -353,17 +393,21 @@ def test_four_roles_on_one_base_take_the_memory_of_about_one(case, roles_of, bas
 def test_each_role_says_what_its_folder_says_alone(case, roles_of, folders):
     actor, reward, flags, *_ = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    logits, scores = (m(FIXED, EVERYWHERE) for m in (load_model(folders[actor]), load_reward_model(folders[reward])))
+    logits = load_model(folders[actor])(FIXED, EVERYWHERE)
+    scores = load_reward_model(folders[reward])(FIXED, EVERYWHERE)
     said = outputs(roles)
     assert torch.equal(said["actor"], said["ref"]) and torch.equal(said["critic"], said["reward"])
-    assert torch.allclose(said["actor"], logits, atol=1e-5) and torch.allclose(said["reward"], scores, atol=1e-5)
+    assert torch.allclose(said["actor"], logits, atol=1e-5)
+    assert torch.allclose(said["reward"], scores, atol=1e-5)
     if actor == "adapter":                   # and an adapter says something else than its base
         assert (said["actor"] - load_model(folders["full"])(FIXED, EVERYWHERE)).abs().max() > 0.01
 
 
-def test_a_new_adapter_beside_an_adapter_is_refused(roles_of):
-    with pytest.raises(BadInput, match="--lora-rank"):
-        roles_of("adapter", "reward-adapter", *LORA)
+def test_a_rank_is_refused_only_where_no_network_takes_a_new_adapter(roles_of, tmp_path):
+    _, args = roles_of("adapter", "reward-adapter")
+    args.lora_rank, args.out = 2, str(tmp_path / "out")
+    with pytest.raises(BadInput, match="--lora-rank.*adapters already"):
+        read_inputs(args, 1)
 
 
 def test_a_temperature_of_zero_is_refused(roles_of):
@@ -375,17 +419,17 @@ def test_a_temperature_of_zero_is_refused(roles_of):
 def test_only_adapters_or_all_weights_and_the_critics_score_are_trained(case, roles_of):
     actor, reward, flags, _, adapters = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    trained = trained_parameters(roles)
-    for role, name in zip(ROLES, adapters):
+    trained = trained_weights(roles)
+    for role, name in zip(ROLES, adapters, strict=True):
         if role in trained:
-            model = roles[role][0]
-            expected = {id(p) for path, p in model.named_parameters()
+            model = roles[role].model
+            expected = {path: id(p) for path, p in model.named_parameters()
                         if name is None or path.endswith(f".{name}.weight") or path == "score.weight"}
-            assert expected == {id(p) for p in trained[role]} and len(expected) == len(trained[role])
-    kept = {id(p) for parameters in trained.values() for p in parameters}
-    assert all(p.requires_grad == (id(p) in kept) for model, _ in roles.values() for p in model.parameters())
-    assert not any(module.training for model, _ in roles.values() for module in model.modules())
-    mine, theirs = roles["critic"][0].score.weight, roles["reward"][0].score.weight
+            assert expected == {path: id(p) for path, p in trained[role].items()} and expected
+    kept = {id(p) for weights in trained.values() for p in weights.values()}
+    assert all(p.requires_grad == (id(p) in kept) for role in roles.values() for p in role.model.parameters())
+    assert not any(module.training for role in roles.values() for module in role.model.modules())
+    mine, theirs = roles["critic"].model.score.weight, roles["reward"].model.score.weight
     assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
     assert mine.requires_grad and not theirs.requires_grad
 
@@ -394,14 +438,13 @@ def test_only_adapters_or_all_weights_and_the_critics_score_are_trained(case, ro
 def test_training_moves_the_actor_and_the_critic_and_neither_of_the_frozen_roles(case, roles_of):
     actor, reward, flags, *_ = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    trained = trained_parameters(roles)
+    trained = trained_weights(roles)
     with torch.no_grad():
         before = outputs(roles)
     for role, other in (("actor", "critic"), ("critic", "actor")):
-        use_adapter(*roles[role])
-        roles[role][0](FIXED, EVERYWHERE).square().mean().backward()
-        assert all(p.grad is None for p in trained[other])
-        optimizer = torch.optim.SGD(trained[role], lr=0.1)
+        roles[role].activate()(FIXED, EVERYWHERE).square().mean().backward()
+        assert all(p.grad is None for p in trained[other].values())
+        optimizer = torch.optim.SGD(trained[role].values(), lr=0.1)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -428,16 +471,17 @@ def prompts(tokenizer, pairs_file):
 
 @pytest.fixture
 def rolled(roles_of, tokenizer, prompts):
-    """rolled(case) -> (roles, args, uniforms, batch); the rows of even number have small random numbers, so that ids of
-    low number are drawn, and EOS is id 2. moved: after actor and critic have left what they started from."""
+    """rolled(case) -> (roles, args, uniforms, batch); the rows of even number have small random numbers, so
+    that ids of low number are drawn, and EOS is id 2. moved: after actor and critic have left what they
+    started from."""
     def roll(case, moved=False):
         actor, reward, flags, *_ = CASES[case]
         flags = (*flags, "--temperature", "0.8", "--micro-batch", "3", "--max-new", NEW)
         roles, args = roles_of(actor, reward, *flags)
-        trained = trained_parameters(roles)
-        for parameter in (p for parameters in trained.values() for p in parameters if moved):
+        trained = trained_weights(roles)
+        for parameter in (p for weights in trained.values() for p in weights.values() if moved):
             parameter.data += 0.02 * some(*parameter.shape)
-        roles["actor"][0].n_words = tokenizer.vocab_size
+        roles["actor"].model.n_words = tokenizer.vocab_size
         uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))
         uniforms[::2] *= 0.02
         return roles, args, uniforms, rollout(roles, prompts, uniforms, args, tokenizer)
@@ -445,80 +489,79 @@ def rolled(roles_of, tokenizer, prompts):
 
 
 ONE, FOUR = "adapters on one base", "all weights"
+TOKENS = ("old_logp", "ref_logp", "values")
 
 
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_a_rollout_is_one_batch_of_left_padded_prompts_and_right_padded_answers(case, rolled, prompts):
     *_, batch = rolled(case)
-    mask, P = batch["response_mask"], max(map(len, prompts))
+    mask, P = batch.response_mask, max(map(len, prompts))
     R = mask.shape[1]
-    assert 1 < R <= NEW and batch["ids"].shape == batch["mask"].shape == (N, P + R)
-    assert all(batch[key].shape == (N, R) for key in ("old_logp", "ref_logp", "values"))
-    assert batch["score"].shape == batch["ended"].shape == (N,) and batch["score"].dtype == torch.float32
-    assert torch.equal(batch["ids"][:, :P], collate_prompts(prompts)[0])
-    assert torch.equal(batch["mask"], torch.cat([collate_prompts(prompts)[1], mask], 1))
-    assert all((batch[key] == 0).equal(~mask) for key in ("old_logp", "ref_logp", "values"))
-    assert batch["ids"][~batch["mask"]].eq(0).all()
+    assert 1 < R <= NEW and batch.ids.shape == batch.mask.shape == (N, P + R)
+    assert all(getattr(batch, key).shape == (N, R) for key in TOKENS)
+    assert batch.raw_score.shape == batch.ended.shape == (N,) and batch.raw_score.dtype == torch.float32
+    assert torch.equal(batch.ids[:, :P], collate_prompts(prompts)[0])
+    assert torch.equal(batch.mask, torch.cat([collate_prompts(prompts)[1], mask], 1))
+    assert all((getattr(batch, key) == 0).equal(~mask) for key in TOKENS)
+    assert batch.ids[~batch.mask].eq(0).all()
 
 
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_an_answer_is_what_the_actor_generates_for_its_prompt_alone(case, rolled, prompts, tokenizer):
     roles, args, uniforms, batch = rolled(case)
-    use_adapter(*roles["actor"])
-    R = batch["response_mask"].shape[1]
+    actor, R = roles["actor"].activate(), batch.response_mask.shape[1]
     for i, prompt in enumerate(prompts):
-        ids, mask = roles["actor"][0].generate(*collate_prompts([prompt]), NEW, args.temperature,
-                                               eos_id=tokenizer.eos_id, uniforms=uniforms[i:i + 1])
-        assert ids[0, mask[0]].tolist() == batch["ids"][i, -R:][batch["response_mask"][i]].tolist()
-        assert batch["ended"][i] == (ids[0, -1] == tokenizer.eos_id)
-    assert batch["ended"].any() and not batch["ended"].all()
+        ids, mask = actor.generate(*collate_prompts([prompt]), NEW, args.temperature,
+                                   eos_id=tokenizer.eos_id, uniforms=uniforms[i:i + 1])
+        assert ids[0, mask[0]].tolist() == batch.ids[i, -R:][batch.response_mask[i]].tolist()
+        assert batch.ended[i] == (ids[0, -1] == tokenizer.eos_id)
+    assert batch.ended.any() and not batch.ended.all()
 
 
 def test_an_answer_whose_eos_is_the_last_token_there_is_room_for_has_ended(rolled, prompts, tokenizer):
     roles, args, uniforms, batch = rolled(ONE)
-    lengths = batch["response_mask"].sum(1)
-    args.max_new = int(lengths[batch["ended"]].max())
+    lengths = batch.response_mask.sum(1)
+    args.max_new = int(lengths[batch.ended].max())
     cut = rollout(roles, prompts, uniforms[:, :args.max_new], args, tokenizer)
-    assert torch.equal(cut["ended"], batch["ended"]) and args.max_new < NEW
-    assert torch.equal(cut["response_mask"].sum(1), lengths.clamp(max=args.max_new))
+    assert torch.equal(cut.ended, batch.ended) and args.max_new < NEW
+    assert torch.equal(cut.response_mask.sum(1), lengths.clamp(max=args.max_new))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_every_role_judges_an_answer_as_it_would_the_text_alone(case, rolled, prompts, tokenizer):
     roles, args, _, batch = rolled(case, moved=True)
-    assert (batch["old_logp"] - batch["ref_logp"]).abs().max() > 1e-3
+    assert (batch.old_logp - batch.ref_logp).abs().max() > 1e-3
     for i, prompt in enumerate(prompts):
-        text, n = batch["ids"][i:i + 1][batch["mask"][i:i + 1]][None], batch["response_mask"][i].sum()
+        text, n = batch.ids[i:i + 1][batch.mask[i:i + 1]][None], batch.response_mask[i].sum()
         everywhere = torch.ones_like(text, dtype=torch.bool)
         for key, role in (("old_logp", "actor"), ("ref_logp", "ref")):
-            use_adapter(*roles[role])
-            logits = roles[role][0](text, everywhere)[0, len(prompt) - 1:-1, :tokenizer.vocab_size].double()
-            expected = (logits / args.temperature).log_softmax(-1).gather(1, text[0, len(prompt):, None])[:, 0]
-            assert (batch[key][i, :n] - expected).abs().max() < 1e-5
-        use_adapter(*roles["critic"])
-        before = roles["critic"][0](text, everywhere)[0, len(prompt) - 1:-1]         # what it says before each token
-        assert torch.allclose(batch["values"][i, :n], before, atol=1e-5)
-        use_adapter(*roles["reward"])
-        assert torch.allclose(batch["score"][i], roles["reward"][0](text, everywhere)[0, -1], atol=1e-5)
+            logits = roles[role].activate()(text, everywhere)[0, len(prompt) - 1:-1, :tokenizer.vocab_size]
+            logps = (logits.double() / args.temperature).log_softmax(-1)
+            expected = logps.gather(1, text[0, len(prompt):, None])[:, 0]
+            assert (getattr(batch, key)[i, :n] - expected).abs().max() < 1e-5
+        before = roles["critic"].activate()(text, everywhere)[0, len(prompt) - 1:-1]     # before each token
+        assert torch.allclose(batch.values[i, :n], before, atol=1e-5)
+        score = roles["reward"].activate()(text, everywhere)[0, -1]
+        assert torch.allclose(batch.raw_score[i], score, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_before_training_the_divergence_from_the_reference_is_exactly_zero(case, rolled):
     *_, batch = rolled(case)
-    assert torch.equal(batch["old_logp"], batch["ref_logp"])
+    assert torch.equal(batch.old_logp, batch.ref_logp)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_the_first_ratio_is_one_in_micro_batches_of_any_company(case, rolled, tokenizer):
     roles, args, _, batch = rolled(case)
-    use_adapter(*roles["actor"])
+    actor = roles["actor"].activate()
     for rows in torch.randperm(N, generator=random_numbers(0, 1)).split(2):
-        logp, logits = response_logps(roles["actor"][0], batch["ids"][rows], batch["mask"][rows],
-                                      batch["response_mask"][rows], args.temperature, tokenizer.vocab_size)
-        assert ((logp - batch["old_logp"][rows]).exp() - 1).abs().max() < 1e-5
-        assert logits.shape == (batch["response_mask"][rows].sum(), tokenizer.vocab_size)
+        mb = batch.select(rows)
+        logp, logits = answer_logps(actor, mb, args.temperature, tokenizer.vocab_size)
+        assert ((logp - mb.old_logp).exp() - 1).abs().max() < 1e-5
+        assert logits.shape == (mb.response_mask.sum(), tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize("case", [ONE, FOUR])
@@ -530,47 +573,132 @@ def test_garbage_under_the_padding_of_prompts_changes_nothing(case, rolled, prom
         return ids.where(mask, torch.randint_like(ids, 3, 300)), mask
     monkeypatch.setattr(ppo, "collate_prompts", collate_garbage)
     dirty = rollout(roles, prompts, uniforms, args, tokenizer)
-    assert not torch.equal(clean.pop("ids"), dirty.pop("ids"))
-    assert all(torch.equal(clean[key], dirty[key]) for key in clean)
+    assert not torch.equal(clean.ids, dirty.ids)
+    tensors = {name for name, x in vars(clean).items() if isinstance(x, torch.Tensor)} - {"ids"}
+    assert len(tensors) == 7
+    assert all(torch.equal(getattr(clean, name), getattr(dirty, name)) for name in tensors)
 
 
-def test_trim_leaves_rows_whole_and_takes_only_columns_that_are_padding_in_all_of_them():
-    prompts, answers, P, R = [3, 5, 2], [4, 1, 2], 5, 4
-    mask = torch.zeros(3, P + R, dtype=torch.bool)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
+def made_up(prompts, answers, adv=True):
+    """A Rollout of prompts and answers of these lengths, its numbers all different and 0 outside the
+    masks."""
+    P, R, n = max(prompts), max(answers), len(prompts)
+    mask = torch.zeros(n, P + R, dtype=torch.bool)
+    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         mask[row, P - p:P + a] = True
-    batch = {"ids": torch.arange(1, 28).view(3, 9) * mask, "mask": mask, "response_mask": mask[:, P:],
-             "values": some(3, R) * mask[:, P:], "score": some(3)}
+    tokens = [some(n, R, seed=i) * mask[:, P:] for i in range(5)]
+    return Rollout(torch.arange(1, mask.numel() + 1).view_as(mask) * mask, mask, mask[:, P:], P,
+                   torch.arange(n) % 2 == 0, some(n), *tokens[:5 if adv else 3])
+
+
+@pytest.mark.parametrize("adv", [False, True])
+def test_rows_of_a_rollout_lose_only_columns_that_are_padding_in_all_of_them(adv):
+    batch = made_up([3, 5, 2], [4, 1, 2], adv)
     for rows, start, longest in (([0, 1, 2], 5, 4), ([1, 2], 5, 2), ([2], 2, 2), ([2, 0], 3, 4)):
-        cut, at = trim(batch, rows)
-        assert at == start and cut["ids"].shape == cut["mask"].shape == (len(rows), start + longest)
-        assert torch.equal(cut["score"], batch["score"][rows])
-        for key in ("ids", "values"):        # nothing is lost, and a response still starts at `start`
-            assert torch.equal(cut[key][cut[key] != 0], batch[key][rows][batch[key][rows] != 0])
-        assert torch.equal(cut["response_mask"], cut["mask"][:, at:])
+        cut = batch.select(rows)
+        assert cut.start == start and cut.ids.shape == cut.mask.shape == (len(rows), start + longest)
+        assert torch.equal(cut.raw_score, batch.raw_score[rows]) and torch.equal(cut.ended, batch.ended[rows])
+        for name in ("ids", *TOKENS, *(("adv", "returns") if adv else ())):      # nothing is lost
+            x, whole = getattr(cut, name), getattr(batch, name)[rows]
+            assert torch.equal(x[x != 0], whole[whole != 0]) and len(x) == len(rows)
+        assert torch.equal(cut.response_mask, cut.mask[:, start:])       # a response still starts at `start`
+    assert adv or batch.select([0]).adv is None
+
+
+def test_the_micro_batches_of_all_ranks_are_the_mini_batch_and_like_lengths_stand_together(monkeypatch):
+    batch = made_up([3] * 12, [5, 1, 4, 2, 6, 3, 1, 2, 3, 4, 5, 6])
+    rows, world = torch.tensor([11, 0, 1, 4, 2, 3, 6, 9]), 2
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    seen = []
+    for rank in range(world):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        micros = my_micro_batches(batch, rows, 2)
+        assert [len(mb.raw_score) for mb in micros] == [2, 2]
+        lengths = [mb.response_mask.sum(1).tolist() for mb in micros]
+        assert sum(lengths, []) == sorted(sum(lengths, []))
+        seen += [score for mb in micros for score in mb.raw_score.tolist()]
+    assert sorted(seen) == sorted(batch.raw_score[rows].tolist())
+
+
+# ------------------------------------------------------------------------------------------ what main adds up
+def test_an_answer_without_eos_pays_the_penalty_and_one_with_eos_does_not():
+    batch = made_up([2, 2, 2], [3, 1, 2])
+    args = SimpleNamespace(missing_eos_penalty=0.5, score_clip=1.0)
+    batch.ref_logp = batch.old_logp          # no KL: what remains is the score's reward
+    rewards = token_rewards(batch, torch.tensor([0.25, 3.0, -0.5]), 0.1, args)
+    assert batch.ended.tolist() == [True, False, True]
+    assert rewards.sum(1).tolist() == pytest.approx([0.25, 1.0 - 0.5, -0.5])
+    assert rewards[[0, 1, 2], [2, 0, 1]].tolist() == pytest.approx([0.25, 0.5, -0.5])
+
+
+def test_rewards_of_a_batch_pay_beta_for_the_kl_to_the_reference():
+    batch, args = made_up([2, 2], [3, 2]), SimpleNamespace(missing_eos_penalty=0.0, score_clip=5.0)
+    rewards = token_rewards(batch, torch.zeros(2), 0.3, args)
+    assert torch.allclose(rewards, -0.3 * (batch.old_logp - batch.ref_logp) * batch.response_mask)
+
+
+@pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02),
+                                        (5.4, 0.99), (0.0, 0.98), (-9.0, 0.98)])
+def test_beta_is_steered_by_at_most_a_fifth_of_the_gain(kl, factor):
+    assert steered(0.5, kl, 6.0, 0.1) == pytest.approx(0.5 * factor)
+
+
+def test_advantages_are_whitened_and_returns_are_not():
+    rewards, values = some(4, 6), some(4, 6, seed=1)
+    adv, returns = advantages(rewards, values, MASK, 0.99, 0.95)
+    raw, expected = gae(rewards, values, MASK, 0.99, 0.95)
+    assert torch.equal(adv, whiten(raw, MASK)) and torch.equal(returns, expected)
+
+
+def kl_gradient(logits, ref, through_rewards):
+    """The exact expectation, over a bandit's arms, of the gradient by the logits of the KL term: as PPO
+    passes it through rewards, GAE and the policy loss, or as the k1 estimate itself put into the loss."""
+    policy, gradient = logits.softmax(-1), torch.zeros_like(logits)
+    for arm in range(len(logits)):           # each arm is a batch of one answer of one token
+        x = logits.clone().requires_grad_()
+        new_logp = x.log_softmax(-1)[arm].view(1, 1)
+        old_logp, ref_logp, mask = new_logp.detach(), ref.log_softmax(-1)[arm].view(1, 1), torch.ones(1, 1)
+        if through_rewards:
+            no_score = torch.zeros(1, dtype=x.dtype)
+            rewards = shape_rewards(no_score, old_logp, ref_logp, mask, kl_coef=1.0, clip=5.0)
+            adv, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+            loss = policy_loss(new_logp, old_logp, adv, mask, 0.2)
+        else:
+            loss = kl_per_token(new_logp, ref_logp, mask).sum()
+        loss.backward()
+        gradient += policy[arm] * x.grad
+    return gradient
+
+
+def test_the_kl_term_in_the_reward_has_the_gradient_of_the_kl_divergence_and_in_the_loss_none():
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        logits, ref = (torch.randn(8, generator=rng, dtype=torch.float64) for _ in range(2))
+        x = logits.clone().requires_grad_()
+        (x.softmax(-1) * (x.log_softmax(-1) - ref.log_softmax(-1))).sum().backward()
+        true = x.grad
+        for through_rewards, expected in ((True, 1), (False, 0)):
+            found = kl_gradient(logits, ref, through_rewards)
+            assert abs((found @ true) / (true @ true) - expected) < 1e-6
+
+
+SCORES = torch.arange(4.0)
 
 
 def test_what_goes_astray_is_said_once_with_its_cause_and_the_flag_to_turn(capsys, tmp_path):
     sane = {"kl": 3.0, "first_ratio": 1.0, "approx_kl": 0.01, "length": 20.0, "eos_share": 0.9}
     log = Log(SimpleNamespace(out=tmp_path, log_every=1), 9, 0, ppo.CURVES)
-    ppo.warn(log, sane, constant=False)
+    ppo.warn(log, sane, SCORES)
     assert capsys.readouterr().err == ""
-    for name, value, flag in (("kl", 60.0, "--kl-coef"), ("first_ratio", 1.3, "--dtype"), ("approx_kl", 0.7, "--actor-lr"),
-                              ("length", 1.0, "samples.jsonl"), ("eos_share", 0.0, "--max-new")):
+    for name, value, flag in (("kl", 60.0, "--kl-coef"), ("first_ratio", 1.3, "--dtype"),
+                              ("approx_kl", 0.7, "--actor-lr"), ("length", 1.0, "samples.jsonl"),
+                              ("eos_share", 0.0, "--max-new")):
         for _ in range(3):
-            ppo.warn(log, {**sane, name: value}, constant=False)
+            ppo.warn(log, {**sane, name: value}, SCORES)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("warning: step 0: ") and name in line and flag in line
-    ppo.warn(log, sane, constant=True)
+    ppo.warn(log, sane, torch.ones(4))
     assert "same score" in capsys.readouterr().err
-    ppo.warn(log, {**sane, "kl": float("nan")}, constant=False)    # a number that is none is for the count of skipped updates
+    ppo.warn(log, {**sane, "kl": float("nan")}, SCORES)    # of NaN, the count of skipped updates tells
     assert capsys.readouterr().err == ""
     log.file.close()
-
-
-def test_no_text_of_a_file_or_a_model_can_take_over_the_terminal(monkeypatch, capsys):
-    hostile = "a\x1b[2Jb\x9b31mc\u202ed\x07e"
-    assert str(BadInput(f"{hostile}\nsecond")) == "a[2Jb31mcde second"
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    say(hostile)
-    assert capsys.readouterr().out == "a[2Jb31mcde\n"

@@ -1,4 +1,4 @@
-"""The reward model: where a score is read, the two losses against their definitions, folders, and the evaluation."""
+"""The reward model: where a score is read, the losses against their definitions, folders, evaluation."""
 import json
 import math
 import random
@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from conftest import tiny_config, tiny_llama
 from data import collate_pairs, pad
-from llama import BadInput, Llama
+from llama import Llama
 from lora import adapter_parameters, add_lora, lora_layers, save_adapter, use_adapter
 from reward import RewardModel, batch_loss, evaluate, last_scores, load_reward_model, pairwise_loss
+from runtime.errors import BadInput
 
 KINDS = pytest.mark.parametrize("kind", ["last", "dense"])
 
@@ -26,7 +27,8 @@ def tiny_reward(seed=0, **changes):
 
 
 def made_up_pairs(count=6, seed=0, low=3):
-    """[(chosen_ids, rejected_ids, n_prompt)] of all lengths, some answers beginning alike, all ending with EOS."""
+    """[(chosen_ids, rejected_ids, n_prompt)] of all lengths, some answers beginning alike, all ending with
+    EOS."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):
@@ -34,7 +36,8 @@ def made_up_pairs(count=6, seed=0, low=3):
             [rng.randrange(low, 340) for _ in range(n)]
             for n in (rng.randint(1, 6), i % 3, rng.randint(1, 7), rng.randint(1, 7)))
         rejected[0] = chosen[0] % 300 + 4    # and not the same
-        rows.append(([1] + prompt + alike + chosen + [2], [1] + prompt + alike + rejected + [2], 1 + len(prompt)))
+        chosen_ids, rejected_ids = ([1, *prompt, *alike, *answer, 2] for answer in (chosen, rejected))
+        rows.append((chosen_ids, rejected_ids, 1 + len(prompt)))
     return rows
 
 
@@ -56,7 +59,7 @@ def test_last_scores_are_those_of_the_last_real_tokens(left):
     lengths = [1, 4, 6, 2]
     _, mask = pad([[5] * n for n in lengths], left)
     scores = torch.arange(24.0).view(4, 6)
-    expected = [row[5 if left else n - 1] for row, n in zip(scores.tolist(), lengths)]
+    expected = [row[5 if left else n - 1] for row, n in zip(scores.tolist(), lengths, strict=True)]
     assert last_scores(scores, mask).tolist() == expected
     assert last_scores(scores, mask.long()).tolist() == expected
 
@@ -67,7 +70,8 @@ def test_a_text_scores_the_same_alone_and_padded(left):
     ids, mask = pad(rows, left)
     with torch.no_grad():
         scores = last_scores(model(ids, mask), mask)
-    torch.testing.assert_close(scores, torch.stack([alone(model, row)[-1] for row in rows]), rtol=0, atol=1e-5)
+    expected = torch.stack([alone(model, row)[-1] for row in rows])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", [[1, 0, 5, 6, 2], [1, 5, 0, 0, 2], [1, 5, 6, 7, 0], [0, 0, 0]])
@@ -75,9 +79,11 @@ def test_a_text_scores_the_same_alone_and_padded(left):
 def test_a_genuine_unk_changes_nothing_about_where_the_score_is_read(text, left):
     model = tiny_reward()
     ids, mask = pad([text, [1, 9, 8, 7, 6, 5, 4, 2]], left)
-    assert last_scores(torch.arange(8.0).expand(2, 8), mask).tolist() == [7.0 if left else len(text) - 1.0, 7.0]
+    columns = torch.arange(8.0).expand(2, 8)
+    assert last_scores(columns, mask).tolist() == [7.0 if left else len(text) - 1.0, 7.0]
     with torch.no_grad():
-        assert last_scores(model(ids, mask), mask)[0] == pytest.approx(float(alone(model, text)[-1]), abs=1e-5)
+        score = last_scores(model(ids, mask), mask)[0]
+    assert score == pytest.approx(float(alone(model, text)[-1]), abs=1e-5)
 
 
 def test_the_score_is_taken_in_float32_whatever_the_networks_dtype():
@@ -102,7 +108,8 @@ def test_ties_cost_log_two(shape, score):
 def test_pairwise_loss_equals_its_definition():
     torch.manual_seed(0)
     chosen, rejected = 3 * torch.randn(50), 3 * torch.randn(50)
-    expected = sum(-math.log(1 / (1 + math.exp(-(c - r)))) for c, r in zip(chosen.tolist(), rejected.tolist())) / 50
+    pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
+    expected = sum(-math.log(1 / (1 + math.exp(-(c - r)))) for c, r in pairs) / 50
     assert pairwise_loss(chosen, rejected).item() == pytest.approx(expected, rel=1e-6)
     assert pairwise_loss(chosen, rejected, total=7).item() == pytest.approx(expected * 50 / 7, rel=1e-6)
 
@@ -112,9 +119,10 @@ def test_pairwise_loss_over_a_mask_is_the_mean_of_each_pairs_mean(total):
     torch.manual_seed(0)
     chosen, rejected, mask = torch.randn(4, 5), torch.randn(4, 5), torch.rand(4, 5) < 0.6
     mask[:, 2] = True
-    per_pair = [sum(math.log1p(math.exp(-float(chosen[i, t] - rejected[i, t]))) for t in range(5) if mask[i, t])
-                / int(mask[i].sum()) for i in range(4)]
-    assert pairwise_loss(chosen, rejected, mask, total).item() == pytest.approx(sum(per_pair) / (total or 4), rel=1e-6)
+    losses = (1 + (rejected - chosen).double().exp()).log()
+    per_pair = [float(losses[i, mask[i]].mean()) for i in range(4)]
+    expected = pytest.approx(sum(per_pair) / (total or 4), rel=1e-6)
+    assert pairwise_loss(chosen, rejected, mask, total).item() == expected
 
 
 @pytest.mark.parametrize("difference, loss, slope", [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)])
@@ -141,7 +149,8 @@ def test_the_losses_never_write_into_their_arguments():
 
 
 def slow_dense_loss(pairs):
-    """The definition, pair by pair and token by token: [(chosen scores, rejected scores, first difference)]."""
+    """The definition, pair by pair and token by token: [(chosen scores, rejected scores, first
+    difference)]."""
     means = []
     for chosen, rejected, start in pairs:
         terms = []
@@ -162,9 +171,9 @@ def test_dense_loss_equals_a_slow_loop_over_its_definition(rows):
     ids, mask, starts = collate_pairs(rows)
     torch.manual_seed(0)
     scores = 2 * torch.randn(ids.shape)
-    texts = [[float(s) for s, real in zip(row, m) if real] for row, m in zip(scores, mask)]
-    firsts = [[a != b for a, b in zip(chosen, rejected)].index(True) for chosen, rejected, _ in rows]
-    expected = slow_dense_loss(list(zip(texts[:len(rows)], texts[len(rows):], firsts)))
+    texts = [row[real].tolist() for row, real in zip(scores, mask, strict=True)]
+    firsts = [[a != b for a, b in zip(*pair[:2], strict=False)].index(True) for pair in rows]
+    expected = slow_dense_loss(list(zip(texts[:len(rows)], texts[len(rows):], firsts, strict=True)))
     assert batch_loss(scores, mask, starts, "dense", len(rows)).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -174,7 +183,8 @@ def test_last_loss_compares_the_last_scores_alone():
     expected = sum(math.log1p(math.exp(float(alone(model, rejected)[-1] - alone(model, chosen)[-1])))
                    for chosen, rejected, _ in rows) / len(rows)
     with torch.no_grad():
-        assert batch_loss(model(ids, mask), mask, starts, "last", len(rows)).item() == pytest.approx(expected, rel=1e-5)
+        loss = batch_loss(model(ids, mask), mask, starts, "last", len(rows))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @KINDS
@@ -201,7 +211,8 @@ def test_garbage_in_the_padding_changes_neither_loss_nor_gradient(kind):
         model = tiny_reward()
         loss = batch_loss(model(batch, mask), mask, starts, kind, 6)
         loss.backward()
-        results.append((loss.detach(), model.score.weight.grad, model.model.layers[0].self_attn.q_proj.weight.grad))
+        deepest = model.model.layers[0].self_attn.q_proj.weight
+        results.append((loss.detach(), model.score.weight.grad, deepest.grad))
     assert all(map(torch.equal, *results))
 
 
@@ -255,7 +266,8 @@ def test_transformers_reads_the_folder_with_equal_scores(tmp_path, changes):
     model = tiny_reward(**changes)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.num_labels, config.pad_token_id, config.architectures) == (1, 0, ["LlamaForSequenceClassification"])
+    assert (config.num_labels, config.pad_token_id) == (1, 0)
+    assert config.architectures == ["LlamaForSequenceClassification"]
     ids, mask = pad([row for pair in made_up_pairs() for row in pair[:2]])
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -269,10 +281,12 @@ def test_transformers_reads_the_folder_with_equal_scores(tmp_path, changes):
 def test_a_reward_folder_is_the_same_after_save_and_load(tmp_path, dtype):
     model = tiny_reward().to(dtype)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
     for again in (RewardModel.from_pretrained(tmp_path, dtype), load_reward_model(tmp_path, dtype)):
         ours, its = model.state_dict(), again.state_dict()
-        assert ours.keys() == its.keys() and all(torch.equal(ours[n], its[n]) and its[n].dtype == dtype for n in ours)
+        assert ours.keys() == its.keys()
+        assert all(torch.equal(ours[n], its[n]) and its[n].dtype == dtype for n in ours)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -355,8 +369,9 @@ def direct(model, rows):
     """accuracy, margin, mean and std from the texts one by one."""
     chosen, rejected = ([float(alone(model, row[side])[-1]) for row in rows] for side in (0, 1))
     mean = sum(chosen) / len(rows)
-    return {"accuracy": sum(c > r for c, r in zip(chosen, rejected)) / len(rows),
-            "margin": sum(c - r for c, r in zip(chosen, rejected)) / len(rows), "mean": mean,
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    return {"accuracy": sum(margin > 0 for margin in margins) / len(rows),
+            "margin": sum(margins) / len(rows), "mean": mean,
             "std": math.sqrt(sum((c - mean) ** 2 for c in chosen) / len(rows))}
 
 

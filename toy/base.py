@@ -1,10 +1,13 @@
-"""The toy's tokenizer and base model: a LLaMA of a million parameters, pre-trained on the world's prose.
+"""The toy's tokenizer and base model: a LLaMA of about a million parameters, pre-trained on the world's
+texts.
 
-It is a Hugging Face folder like any other, so that all that comes after it is what one does with LLaMA-7B.
+The base model is a Hugging Face folder like any other, so every later step runs on it as on LLaMA-7B.
 """
 import itertools
 import math
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -18,29 +21,29 @@ from toy.world import pretraining_texts
 
 STEPS, BATCH, LR = 2600, 32, 3e-3
 
-
-def make_tokenizer(folder, rng):
-    """SentencePiece BPE with byte fallback, laid out as LLaMA's: unk 0, BOS 1, EOS 2, the bytes, then the words."""
+def make_tokenizer(folder: Path, rng: random.Random) -> Tokenizer:
+    """SentencePiece BPE with byte fallback. The ids are ordered as LLaMA's: unk, BOS, EOS, bytes, words."""
     text = folder / "text.txt"
     text.write_text("\n".join(pretraining_texts(rng) * 2 + ["Human: Assistant:"] * 200))
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=2048,
-        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2)
     text.unlink()
     return Tokenizer(folder)
 
-
-def passes(tokenizer, rng, seed):
-    """Yields batches of [(ids, 1)], of like length; the world is worded anew in every pass."""
+def passes(tokenizer: Tokenizer, rng: random.Random, seed: int) -> Iterator[list]:
+    """Yields batches of [(ids, 1)] without end. The texts of a batch have similar lengths. Every pass draws
+    the wording of the texts anew."""
     for epoch in itertools.count():
-        rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in pretraining_texts(rng)]
+        texts = pretraining_texts(rng)
+        rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
         for group in batches([len(ids) for ids in rows], BATCH, seed, epoch):
             yield [(rows[i], 1) for i in group]
 
-
-def make_base(folder, seed):
-    """Trains tokenizer and model into the folder."""
+def make_base(folder: Path, seed: int):
+    """Trains the tokenizer and the model, and writes both into the folder."""
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -50,7 +53,7 @@ def make_base(folder, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min(1, (n + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * n / STEPS)))
-    bar = tqdm(range(STEPS), desc="pre-training the toy's base model", unit="step", dynamic_ncols=True, disable=None)
+    bar = tqdm(range(STEPS), desc="pre-training", unit="step", dynamic_ncols=True, disable=None)
     texts = passes(tokenizer, rng, seed)
     for _ in bar:
         ids, mask, labels = collate_sft(next(texts))
@@ -63,4 +66,3 @@ def make_base(folder, seed):
         bar.set_postfix_str(f"loss {loss.item():.3f}")
     model.save_pretrained(folder)
     copy_tokenizer(folder, folder)
-    return loss.item()

@@ -1,0 +1,285 @@
+"""The cellar: command lines, what ranks agree on, signals, what is printed (faults are in test_faults.py)."""
+import math
+import signal
+import sys
+import time
+from argparse import ArgumentTypeError
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+import chat
+import ppo
+import reward
+import runtime.checkpoint
+import runtime.ranks
+import sft
+from runtime.checkpoint import Run, Stopped, on_signal, stoppable
+from runtime.engine import warmup_cosine
+from runtime.errors import BadInput, exit_with_one_line, without_controls
+from runtime.flags import number, shares
+from runtime.log import Log
+from runtime.ranks import fail_together, from_all, lost_touch, run, say, sum_over_ranks
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07e"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_signal():
+    yield
+    runtime.checkpoint.seen.update(signal=0, at=0.0)
+
+
+# ------------------------------------------------------------------------------------------------ flags
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(script, words) -> its flags."""
+    def parse(script, words=""):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words.split()])
+        return script.get_args()
+    return parse
+
+
+SFT, PPO = "--model m --data d --out o ", "--actor a --reward r --data d --out o "
+
+
+def test_flags_are_taken_with_underscores_and_with_hyphens(parsed):
+    args = parsed(sft, SFT + "--micro_batch 2 --lora_rank=4 --lora-targets q_proj,up_proj --local_rank=1")
+    assert (args.micro_batch, args.lora_rank, args.lora_targets) == (2, 4, ["q_proj", "up_proj"])
+
+
+@pytest.mark.parametrize("word, near", [("--lora-rnk", "--lora-rank"), ("--xyzzy", None),
+                                        ("--learning_rates", None)])
+def test_an_unknown_flag_names_the_nearest(word, near, parsed):
+    with pytest.raises(BadInput, match="unknown argument") as error:
+        parsed(sft, f"{SFT} {word} 3")
+    says = str(error.value)
+    assert word.replace("_", "-") in says
+    assert f"did you mean {near}?" in says if near else "did you mean" not in says
+
+
+@pytest.mark.parametrize("script, words, says", [
+    (sft, SFT + "--lora-targets q_proj", "--lora-targets has no effect without --lora-rank"),
+    (sft, SFT + "--lora-rank 0 --lora-dropout 0.1", "--lora-dropout has no effect without --lora-rank"),
+    (reward, SFT + "--lora-alpha 3", "--lora-alpha has no effect without --lora-rank"),
+    (reward, SFT + "--eval-data x --eval-share 0.1", "--eval-share has no effect beside --eval-data"),
+    (ppo, PPO + "--kl-gain 0.2", "--kl-gain has no effect without --kl-target"),
+    (ppo, PPO + "--norm-prompts 9", "--norm-prompts has no effect without --reward-norm rollout"),
+    (ppo, PPO + "--norm-prompts 9 --reward-norm none",
+     "--norm-prompts has no effect without --reward-norm rollout"),
+    (ppo, PPO + "--ptx-coef 1", "--ptx-coef has no effect without --ptx-data"),
+])
+def test_a_flag_without_effect_is_refused(script, words, says, parsed):
+    with pytest.raises(BadInput, match=says):
+        parsed(script, words)
+
+
+def test_flags_that_depend_on_others_get_their_defaults(parsed):
+    args = parsed(ppo, PPO)
+    assert (args.lora_alpha, args.lora_targets) == (16.0, ["q_proj", "k_proj"])
+    assert (args.kl_gain, args.norm_prompts) == (0.1, 256)
+    assert parsed(ppo, PPO + "--reward-norm rollout --norm-prompts 9").norm_prompts == 9
+    assert parsed(sft, SFT + "--eval-data x").eval_share == 0.05
+
+
+def test_help_shows_every_default_and_each_trainer_has_the_flags_that_mean_the_same(parsed, capsys):
+    for script in (sft, reward, ppo, chat):
+        with pytest.raises(SystemExit) as end:
+            parsed(script, "-h")
+        text = " ".join(capsys.readouterr().out.split())
+        assert end.value.code == 0
+        if script is not chat:
+            assert "(q_proj,k_proj)" in text and "(4,4,2)" in text and "(0.03)" in text and "(1800.0)" in text
+            assert "--local" not in text     # the launcher's own
+
+
+def test_a_file_holds_flags_with_comments(parsed, tmp_path):
+    (tmp_path / "my.args").write_text("# mine\n--model m   # a comment\n--lora_rank 4\n--data 'a b' c\n")
+    args = parsed(sft, f"@{tmp_path / 'my.args'} --out o --lora-rank 8")
+    assert (args.model, args.data, args.lora_rank) == ("m", ["a b", "c"], 8)
+
+
+def test_types_of_flags():
+    assert number(0, 1)("0.5") == 0.5 and number(1, kind=int)("7") == 7
+    assert shares("4,4,2") == [4, 4, 2] and shares("none") is None
+    for wrong in ("2", "nan", "-0.1"):
+        with pytest.raises(ArgumentTypeError, match="is not from 0 to 1"):
+            number(0, 1)(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
+    rates = [warmup_cosine(done, 4, 20) for done in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[-1] < 0.02 and rates[11] == pytest.approx(0.5 + 0.5 * math.cos(8 * math.pi / 17))
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+def test_bad_input_inside_fail_together_is_everybodys():
+    with pytest.raises(BadInput, match="no such file") as error, fail_together():
+        raise BadInput("no such file")
+    assert error.value.everywhere
+    with pytest.raises(ZeroDivisionError), fail_together():        # other errors are left alone
+        raise ZeroDivisionError
+    assert from_all({"a": 1}) == [{"a": 1}] and sum_over_ranks(1.5, 2) == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("error, status, says", [
+    (BadInput("x.json: is not JSON"), 2, "error: x.json: is not JSON\n"),
+    (BadInput("unknown flag", everywhere=True), 2, "error: unknown flag\n"),
+    (SystemExit(143), 143, ""), (KeyboardInterrupt(), 130, ""),
+    (ArithmeticError("this one"), 1, "rank 0 failed:\nTraceback"),
+])
+def test_run_ends_with_the_status_and_the_words_of_what_happened(error, status, says, monkeypatch, capsys):
+    ends = []
+    monkeypatch.setattr(runtime.ranks, "leave", ends.append)
+    monkeypatch.setattr(runtime.ranks, "finish", lambda: None)     # others need the group
+
+    def main():
+        raise error
+    run(main)
+    err = capsys.readouterr().err
+    assert ends == [status] and err.startswith(says) and (says != "" or err == "")
+
+
+def test_a_rank_beyond_the_first_leaves_the_words_to_rank_0(monkeypatch, capsys):
+    ends, slept = [], []
+    monkeypatch.setattr(runtime.ranks, "leave", ends.append)
+    monkeypatch.setattr(runtime.ranks, "finish", lambda: None)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("RANK", "1")
+
+    def main(error):
+        raise error
+    run(lambda: main(BadInput("of all", everywhere=True)))
+    assert capsys.readouterr().err == "" and len(slept) == 1       # rank 0 has time to print the line
+    run(lambda: main(BadInput("of this rank alone")))
+    assert capsys.readouterr().err == "error: of this rank alone\n" and len(slept) == 1
+    run(lambda: main(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")))
+    assert "lost touch" in capsys.readouterr().err and len(slept) == 2 and ends == [2, 2, 1]
+
+
+def test_a_users_own_runtime_error_is_not_taken_for_a_lost_rank():
+    assert not lost_touch(RuntimeError("shapes do not match")) and not lost_touch(ValueError("gloo"))
+    assert lost_touch(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed"))
+
+
+def test_exit_with_one_line(capsys):
+    def bad():
+        raise BadInput("no file")
+    with pytest.raises(SystemExit) as end:
+        exit_with_one_line(bad)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: no file\n"
+
+
+# ------------------------------------------------------------------------------------------------ signals
+def test_a_signal_stops_an_evaluation_at_the_next_item():
+    taken = []
+    with pytest.raises(Stopped):
+        for item in stoppable(range(9), "items"):
+            taken.append(item)
+            if item == 3:
+                on_signal(signal.SIGTERM, None)
+    assert taken == [0, 1, 2, 3]
+    with pytest.raises(Stopped):             # and one that comes before an evaluation lets it not begin
+        next(stoppable(range(9), "items"))
+
+
+def test_without_a_signal_everything_is_yielded():
+    assert list(stoppable(iter("abc"), "letters")) == ["a", "b", "c"] and list(stoppable([], "none")) == []
+
+
+def test_ranks_with_fewer_items_look_on_until_all_have_ended(monkeypatch):
+    others = iter([(0, 1), (0, 1), (0, 1), (0, 1), (0, 0)])        # what another rank with four items says
+    looked = []
+
+    def together(number, going):
+        other_number, other_going = next(others)
+        looked.append(bool(going))
+        return max(number, other_number), max(going, other_going)
+    monkeypatch.setattr(runtime.checkpoint, "max_over_ranks", together)
+    assert list(stoppable("ab", "letters")) == ["a", "b"]
+    assert looked == [True, True, False, False, False]
+
+
+def test_a_second_signal_counts_only_after_five_seconds():
+    on_signal(signal.SIGINT, None)
+    on_signal(signal.SIGTERM, None)          # the launcher sends two
+    assert runtime.checkpoint.seen["signal"] == signal.SIGINT
+    runtime.checkpoint.seen["at"] -= 6
+    with pytest.raises(SystemExit) as end:
+        on_signal(signal.SIGTERM, None)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def test_a_flag_that_an_older_checkpoint_did_not_know_counts_as_its_default(parsed):
+    args = parsed(ppo, PPO + "--gamma 0.9")
+    now = {name: value for name, value in vars(args).items() if name != "defaults"}
+    old = {name: now[name] for name in now.keys() - {"kl_gain", "score_clip", "lora_targets"}}
+    here = SimpleNamespace(args=args, out="o", flags=now)
+    assert Run.changed_flags(here, old) == {} == Run.changed_flags(here, {})
+    here.flags["score_clip"] = 3.0
+    with pytest.raises(BadInput, match="score_clip 5.0 -> 3.0 would make it another run"):
+        Run.changed_flags(here, old)
+    here.flags.update(score_clip=5.0, log_every=7)
+    assert Run.changed_flags(here, old) == {"log_every": "log_every 1 -> 7"}
+
+
+# -------------------------------------------------------------------------------------------- what is printed
+def test_no_text_of_a_file_or_a_model_can_take_over_the_terminal(capsys):
+    assert str(BadInput(f"{HOSTILE}\nsecond")) == "a[2Jb31mcde second"
+    say(HOSTILE)
+    assert capsys.readouterr().out == "a[2Jb31mcde\n" and without_controls("a\n\tb") == "a\n\tb"
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = Log(SimpleNamespace(out=tmp_path, log_every=2), 4, 0, sft.CURVES)
+    yield log
+    log.close()
+
+
+def test_in_a_pipe_every_logged_step_is_a_line_and_on_a_terminal_only_evaluations_are(log, capsys):
+    for _ in range(2):
+        log.step(10, loss=2.0, lr=0.1)
+    log.line(step=2, eval_ppl=3.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1", "step 2", "step 2"]
+    shown = []
+    log.bar = SimpleNamespace(disable=False, update=lambda: None, close=lambda: None,
+                              set_postfix_str=shown.append)
+    for _ in range(2):
+        log.step(10, loss=1.5, lr=0.1)
+    log.line(step=4, eval_ppl=2.5)
+    assert capsys.readouterr().out == "step 4  eval_ppl 2.5\n" and shown == ["loss 1.5"]
+    lines = (log.out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 5                   # the file has them all
+
+
+def test_tokens_per_second_count_the_steps_alone(log, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(log, "draw", lambda: None)
+    log.restart_clock()
+    written = []
+    monkeypatch.setattr(log, "write", written.append)
+    for seconds, tokens in ((2, 10), (1, 10), (3, 20)):
+        clock[0] += seconds
+        log.step(tokens, loss=1.0)
+        clock[0] += 50                       # an evaluation
+        log.line(step=log.n, eval_ppl=1.0)
+    assert [x["tokens_per_s"] for x in written if "tokens_per_s" in x] == [5.0, 10.0]
+    clock[0] += 3
+    log.step(4, loss=1.0)
+    assert written[-1]["tokens_per_s"] == pytest.approx(24 / 6)
