@@ -279,9 +279,8 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         roles |= {"critic": Role(load_reward_model(args.reward, dtype, device)), "reward": Role(reward)}
 
     n = len({id(role.model.model) for role in roles.values()})
-    played = [f"{name} = {f'adapter {role.adapter}' if role.adapter else 'no adapter'}"
-              for name, role in roles.items()]
-    say(f"four roles on {n} network{'s' * (n > 1)} in memory: {', '.join(played)}")
+    adapters = ", ".join(role.adapter for role in roles.values() if role.adapter) or "none"
+    say(f"four roles on {n} network{'s' * (n > 1)} in memory; adapters: {adapters}")
     return roles
 
 def trained_weights(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter]]:
