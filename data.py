@@ -302,7 +302,7 @@ def read_prompt(row: dict, tally: Counter) -> list[Record]:
 def read_plain_text(row: dict, tally: Counter) -> list[Record]:
     return [make_record([], get_text(row, "text"))]
 
-# A row is of the first kind whose keys it all has; its other keys are ignored.
+# A row is read as the first kind whose keys are all in it; its other keys are ignored.
 # A new format is one reader above and one line here.
 KINDS: list[tuple[set[str], Callable[[dict, Counter], list[Record]]]] = [
     ({"prompt", "chosen", "rejected"}, read_rm_static),
@@ -323,7 +323,7 @@ def row_records(row: object, tally: Counter) -> list[Record]:
     for keys, read in KINDS:
         if keys <= row.keys():
             return read(row, tally)
-    raise BadInput(f"has the fields {sorted(row)}, no kind of row that is known (README, data)")
+    raise BadInput(f"its fields {sorted(row)} match no known kind of row (docs/data.md)")
 
 def make_record(turns: Turns, chosen: str | None = None, rejected: str | None = None) -> Record:
     """A Record with stripped answers. An empty Assistant turn at the end is the "Assistant:" with which the
@@ -334,7 +334,7 @@ def make_record(turns: Turns, chosen: str | None = None, rejected: str | None = 
 
 def get_text(row: dict, key: str) -> str:
     if not isinstance(row[key], str):
-        raise BadInput(f"{key} is a {type(row[key]).__name__}, expected text")
+        raise BadInput(f"{key} has the type {type(row[key]).__name__}, expected text")
     if len(row[key]) > MAX_TEXT_CHARACTERS:
         raise BadInput(f"{key} has {len(row[key]):,} characters, too many to be one text")
     return row[key]

@@ -37,7 +37,7 @@ def add_lora_flags(flags: Flags, dropout: bool = False):
     add("--lora-alpha", type=number(0), default=16.0, needs="--lora-rank",
         help="the adapter's output is scaled by alpha / rank")
     add("--lora-targets", type=lambda text: text.split(","), default="q_proj,k_proj", needs="--lora-rank",
-        help="layers that get an adapter, by the ends of their names, with commas between")
+        help="layers that get an adapter, by the ends of their names, with commas between; or all-linear")
     if dropout:
         add("--lora-dropout", type=number(0, 1), default=0.0, needs="--lora-rank",
             help="share of the adapter's inputs that is dropped in training")
@@ -109,9 +109,11 @@ def matches(path: str, targets: str | list[str]) -> bool:
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str], dropout: float = 0.0,
              name: str = "default"):
     """Adds an adapter beside every Linear whose path ends in one of targets, freezes the other weights, and
-    switches the adapter on. BadInput where a target matches no layer, which would otherwise be left out
-    without a word."""
+    switches the adapter on. ["all-linear"] means every Linear but the head. BadInput where a target matches
+    no layer: a misspelt one would be ignored silently."""
     linears = linear_paths(model)
+    if targets == ["all-linear"]:
+        targets = [path for path in linears if path != "lm_head"]
     for target in targets:
         if not any(matches(path, [target]) for path in linears):
             known = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
@@ -167,7 +169,8 @@ KNOWN_OPTIONS = {"peft_type", "task_type", "base_model_name_or_path", "revision"
                  "use_rslora", "modules_to_save", "init_lora_weights", "auto_mapping", "peft_version",
                  "megatron_core", "qalora_group_size"}
 
-# Of these options, only some values. PiSSA, OLoRA and others among init_lora_weights change the base itself.
+# These options may have only the values listed. PiSSA, OLoRA and others among init_lora_weights change the
+# base itself.
 ALLOWED_VALUES = {"peft_type": ["LORA"], "bias": ["none", None],
                   "init_lora_weights": [True, False, None, "gaussian"]}
 

@@ -56,8 +56,8 @@ from sft import n_labels, rows_loss
 def get_args():
     flags = Flags("Step 3 of RLHF: PPO against the reward model.")
     add = flags.group("models")
-    add("--actor", help="folder of sft.py, full or adapter, or any LLaMA's; the reference is this model too")
-    add("--reward", help="folder of reward.py, full or adapter; the critic starts from it")
+    add("--actor", help="folder that sft.py wrote, or any LLaMA folder; it is also the reference")
+    add("--reward", help="folder that reward.py wrote; the critic starts from it too")
     add("--base", help="base model of an actor that is an adapter, if not at the path in its config")
     add("--reward-base", help="the same for the reward model")
     add = flags.group("data")
@@ -73,9 +73,9 @@ def get_args():
     add("--kl-target", type=number(0.001),
         help="nats per answer that beta is steered towards (arXiv 1909.08593)")
     add("--kl-gain", type=number(0), default=0.1, needs="--kl-target",
-        help="how fast: a step changes beta by at most 0.2 x this x beta")
+        help="speed of the steering: a step changes beta by at most the fraction 0.2 x this")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
-        help="mean and std of scores: of reward_stats.json, or of the reference's answers before step 1")
+        help="source of the scores' mean and std: reward_stats.json, the reference's answers, or none")
     add("--norm-prompts", type=positive, default=256, needs="--reward-norm rollout",
         help="prompts that --reward-norm rollout answers")
     add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to +- this")
@@ -85,7 +85,7 @@ def get_args():
     add("--gamma", type=number(0, 1), default=1.0, help="discount per token")
     add("--lam", type=number(0, 1), default=0.95, help="lambda of GAE")
     add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 +- this")
-    add("--value-clip", type=number(0), default=0.2, help="a value counts within this of the rollout's")
+    add("--value-clip", type=number(0), default=0.2, help="a new value is held within this of the rollout's")
     add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
     add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")
@@ -125,15 +125,15 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 def kl_per_token(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """The estimate (B,R) of KL(actor || reference) at each sampled token, 0 outside the mask: the log-ratio,
-    called k1 (http://joschu.net/blog/kl-approx.html). Another estimator goes here: rewards and logs all call
-    this function."""
+    called k1 (http://joschu.net/blog/kl-approx.html). Another estimator goes here, for rewards and logs
+    alike. As a reward, only k1 has the gradient of the KL divergence; k2 and k3 have not."""
     return (logp - ref_logp) * mask
 
 def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float, clip: float,
                   penalty: float | Tensor = 0.0) -> Tensor:
-    """Rewards (B,R): the KL penalty at every token; at the last one also the clamped score (B,) less penalty,
-    a number or (B,). The score judges the whole answer, so it comes where the answer is whole: at EOS, or
-    where it was cut."""
+    """Rewards (B,R): the KL penalty at every token. The last token also gets the clamped score (B,) minus the
+    penalty, a number or (B,). The score judges the whole answer, so it comes where the answer is whole: at
+    EOS, or where it was cut."""
     rewards = -kl_coef * kl_per_token(logp, ref_logp, mask)
     rows, last = torch.arange(len(mask), device=mask.device), mask.long().sum(1) - 1
     rewards[rows, last] += score.clamp(-clip, clip) - penalty
@@ -176,8 +176,8 @@ def policy_loss(new_logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, c
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float,
                total: float | Tensor | None = None) -> Tensor:
-    """Half the larger of two squared errors (B,R): of the new values, and of them clipped to within clip of
-    the old ones; the sum over the tokens divided by total, by default their number."""
+    """Half the larger of two squared errors (B,R): of the new values, and of the new values held within clip
+    of the old ones. It is the sum over the tokens divided by total, by default their number."""
     clipped = old + (new - old).clamp(-clip, clip)
     losses = 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
@@ -247,8 +247,8 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
     full, LoRA       a new adapter              no adapter         a new adapter              no adapter
     full, no LoRA    all weights                a second network   all weights                a second network
 
-    A reward adapter on the base of an actor that has an adapter shares that network. The critic starts from
-    the raw scores, and needs some steps to find the normalised ones."""
+    A reward adapter on the base of an actor that has an adapter shares that network. At first the
+    critic predicts raw scores; it takes some steps to learn the normalised scale."""
     full, adapter = resolve(args.actor, args.base)
     reward_full, reward_adapter = resolve(args.reward, args.reward_base)
     lora = args.lora_rank, args.lora_alpha, args.lora_targets
@@ -324,6 +324,11 @@ class Rollout:
             part.adv, part.returns = self.adv[rows, response], self.returns[rows, response]
         return part
 
+    @property
+    def kl(self) -> Tensor:
+        """The KL estimate (B,) of each answer, in nats."""
+        return kl_per_token(self.old_logp, self.ref_logp, self.response_mask).sum(1)
+
     def of_all_ranks(self, n: int) -> "Rollout":
         """All ranks' rows, in the order of the ranks, cut to the first n."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -343,8 +348,8 @@ def response_values(model, mb: Rollout) -> Tensor:
     return model(mb.ids, mb.mask)[:, mb.start - 1:-1]
 
 def score_answers(roles: dict[str, Role], mb: Rollout, tokenizer: Tokenizer) -> Tensor:
-    """The raw score (B,) of each answer, from the reward model. A rule in its place goes here; the text of
-    answer i is tokenizer.decode(mb.ids[i, mb.start:][mb.response_mask[i]].tolist())."""
+    """The raw score (B,) of each answer, from the reward model. A rule in its place goes here (and wants
+    --reward-norm none); answer i is tokenizer.decode(mb.ids[i, mb.start:][mb.response_mask[i]].tolist())."""
     return last_scores(roles["reward"].activate()(mb.ids, mb.mask), mb.mask)
 
 def normalise(score: Tensor, stats: dict[str, float]) -> Tensor:
@@ -470,9 +475,8 @@ def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter],
 
 # ------------------------------------------------------------ 6. log
 def summary(batch: Rollout, score: Tensor) -> dict[str, float]:
-    """Means over the answers of a batch with normalised scores (B,). kl is in nats per answer."""
-    kl = kl_per_token(batch.old_logp, batch.ref_logp, batch.response_mask).sum(1)
-    return {"score": float(score.mean()), "kl": float(kl.mean()),
+    """Means over the answers of a batch with normalised scores (B,)."""
+    return {"score": float(score.mean()), "kl": float(batch.kl.mean()),
             "length": float(batch.response_mask.sum(1).double().mean()),
             "eos_share": float(batch.ended.double().mean())}
 
@@ -483,11 +487,11 @@ def answer_held_out(roles: dict[str, Role], prompts: list[list[int]], args: Name
     uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, HELD_OUT))
     watch = partial(stoppable, label="held-out answers")
     batch = rollout(roles, prompts, uniforms, args, tokenizer, watch)
-    score, mask = normalise(batch.raw_score, stats), batch.response_mask
-    kl = kl_per_token(batch.old_logp, batch.ref_logp, mask).sum(1)
-    answers = [ids[keep].tolist() for ids, keep in zip(batch.ids[:, batch.start:], mask, strict=True)]
+    score, responses = normalise(batch.raw_score, stats), batch.ids[:, batch.start:]
+    answers = [ids[keep].tolist() for ids, keep in zip(responses, batch.response_mask, strict=True)]
+    rows = zip(prompts, answers, score.tolist(), batch.kl.tolist(), strict=True)
     samples = [{"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(answer), "score": s, "kl": k}
-               for prompt, answer, s, k in zip(prompts, answers, score.tolist(), kl.tolist(), strict=True)]
+               for prompt, answer, s, k in rows]
     means = {f"eval_{name}": mean for name, mean in summary(batch, score).items()}
     if gold:
         for sample in samples:
@@ -582,7 +586,7 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
                        f"base")
     tally = Counter()
-    # where held-out prompts come from a share of --data, the same share of these files is left out
+    # if --eval-share holds conversations of --data out, the same ones are left out here
     mix, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
                           eval_share=0 if args.eval_data else args.eval_share, tally=tally)
     texts = [row for record in mix if (row := encode_sft(tokenizer, record, longest, tally))]
@@ -678,8 +682,8 @@ def main():
             order = torch.randperm(args.rollout_batch, generator=rng)
             for n, rows in enumerate(order.split(args.mini_batch)):
                 my_micros = my_micro_batches(batch, rows, args.micro_batch)
-                # DeepSpeed takes the mean over the micro-batches of all ranks; with their mean number of
-                # tokens as the divisor, that is the sum of the losses over the number of all tokens
+                # DeepSpeed takes the mean over the micro-batches of all ranks. Dividing each by their mean
+                # number of tokens makes that mean the sum of all losses / the number of all tokens.
                 total = mask[rows].sum() / (world * len(my_micros))
                 texts = [inputs.texts[i] for i in next(mix)[-1]] if inputs.texts else []
                 update_actor(roles["actor"], engines["actor"], my_micros, total, args, tokenizer.vocab_size,

@@ -14,7 +14,7 @@ from runtime.ranks import fail_together, say
 
 def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], lr: float, updates: int,
                 accumulation: int, dtype: torch.dtype):
-    """A DeepSpeed engine that trains these parameters of model for `steps` updates of `accumulation`
+    """A DeepSpeed engine that trains these parameters of model for so many updates of `accumulation`
     micro-batches."""
     import deepspeed
     # ds_shape is the shape of the whole, where ZeRO-3 has divided a weight
@@ -30,7 +30,7 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
     optimizer_class = torch.optim.AdamW if args.zero_stage else AdamW
     optimizer = optimizer_class([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
     warmup = max(1, round(args.warmup * updates))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: warmup_cosine(done, warmup, updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_share(done, warmup, updates))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config={
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -50,7 +50,7 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False          # Run.end_step ends the run
     return engine
 
-def warmup_cosine(done: int, warmup: int, updates: int) -> float:
+def rate_share(done: int, warmup: int, updates: int) -> float:
     """The learning rate after `done` updates, as a share of the highest: a straight line up, then a cosine
     down."""
     if done < warmup:

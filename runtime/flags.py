@@ -35,8 +35,7 @@ class Flags(argparse.ArgumentParser):
 
     def group(self, title: str) -> Callable:
         """add_argument for a titled group. It ends the help of a flag with its default. needs="--x" or "--x
-        value", and unless="--x": the flag has no effect without, or beside, that other flag, so that giving
-        it then is BadInput."""
+        value": the flag is refused unless that other flag is given. unless="--x": it is refused if --x is."""
         group = self.add_argument_group(title)
 
         def add(name, help, needs=None, unless=None, default=None, **options):

@@ -850,3 +850,11 @@ def test_a_program_ends_with_one_line_and_its_status(error, status, line, capsys
 def test_an_error_of_the_program_itself_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_with_one_line(lambda: 1 / 0)
+
+
+def test_all_linear_as_a_target_means_every_linear_but_the_head():
+    model = tiny_llama()
+    add_lora(model, 2, 4, ["all-linear"])
+    ends = {path.rpartition(".")[2] for path, _ in lora_layers(model)}
+    assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(lora_layers(model)) == 7 * model.config.num_hidden_layers

@@ -16,7 +16,7 @@ import runtime.checkpoint
 import runtime.ranks
 import sft
 from runtime.checkpoint import Run, Stopped, on_signal, stoppable
-from runtime.engine import warmup_cosine
+from runtime.engine import rate_share
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import number, shares
 from runtime.log import Log
@@ -119,7 +119,7 @@ def test_types_of_flags():
 
 # ------------------------------------------------------------------------------------------------ schedule
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
-    rates = [warmup_cosine(done, 4, 20) for done in range(20)]
+    rates = [rate_share(done, 4, 20) for done in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[3:] == sorted(rates[3:], reverse=True)
     assert 0 < rates[-1] < 0.02 and rates[11] == pytest.approx(0.5 + 0.5 * math.cos(8 * math.pi / 17))
 

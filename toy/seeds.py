@@ -14,7 +14,7 @@ import toy
 from runtime.errors import BadInput, exit_with_one_line
 
 ADAPTER = ("--lora-rank 64 --lora-alpha 64 "
-           "--lora-targets q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
+           "--lora-targets all-linear")
 LORA = {"sft": f"{ADAPTER} --lr 1e-3",
         "reward": f"{ADAPTER} --lr 1e-3 --weight-decay 0 --epochs 10",       # slow, for embeddings are frozen
         "ppo": f"{ADAPTER} --actor-lr 1e-3"}
