@@ -737,3 +737,12 @@ def test_an_encoded_text_is_decoded_to_itself(tokenizer):
     rng = random.Random(3)
     for text in [sentence(rng), "a\n\nb", "  two  spaces", "é 😀 \u00a0", "\x1b["]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_transcripts_that_differ_before_the_last_answer_are_no_pair(tmp_path):
+    other = [ASK_TWICE[0], ("Assistant", "no"), ASK_TWICE[2]]
+    row = {"chosen": render(ASK_TWICE) + " yes", "rejected": render(other) + " no"}
+    tally = Counter()
+    file = write(tmp_path / "rows.jsonl", [row, FORMATS["hh-rlhf"][0]])
+    assert read_records(file, tally) == [Record(ASK_TWICE, "yes", "no")]
+    assert counted(tally, "differ before the last answer") == 1

@@ -1004,3 +1004,9 @@ def test_the_thin_product_is_by_onednn_only_where_that_is_float32(is_float32, pr
     product = speed.thin_product(x.as_subclass(Watched), columns).as_subclass(torch.Tensor)
     assert torch.equal(product, x @ columns)
     assert taken == [precision] and torch.get_float32_matmul_precision() == before
+
+
+def test_the_root_mean_square_is_taken_in_float32_whatever_the_dtype():
+    norm = llama.RMSNorm(64, 1e-6)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(norm.bfloat16()(x), llama.RMSNorm(64, 1e-6)(x.float()).bfloat16())

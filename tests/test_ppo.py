@@ -1,4 +1,5 @@
-"""PPO's mathematics against its definitions, the rollout, and the four roles."""
+"""PPO's mathematics against its definitions, the rollout, the four roles, and the loop."""
+import json
 import math
 from types import SimpleNamespace
 
@@ -26,12 +27,17 @@ from ppo import (
     policy_measures,
     random_numbers,
     read_inputs,
+    response_values,
     rollout,
     shape_rewards,
+    start_average,
     steered,
     token_logps,
     token_rewards,
     trained_weights,
+    update_actor,
+    update_average,
+    update_critic,
     value_loss,
     whiten,
 )
@@ -39,6 +45,8 @@ from reward import RewardModel, load_reward_model
 from runtime.errors import BadInput
 from runtime.folders import copy_tokenizer
 from runtime.log import Log
+from sft import n_labels, rows_loss
+from training import PlainEngine, on_ranks, save_talker, spy, train
 
 def some(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -508,7 +516,7 @@ def test_a_rollout_is_one_batch_of_left_padded_prompts_and_right_padded_answers(
 
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_an_answer_is_what_the_actor_generates_for_its_prompt_alone(case, rolled, prompts, tokenizer):
-    roles, args, uniforms, batch = rolled(case)
+    roles, args, uniforms, batch = rolled(case, moved=True)
     actor, R = roles["actor"].activate(), batch.response_mask.shape[1]
     for i, prompt in enumerate(prompts):
         ids, mask = actor.generate(*collate_prompts([prompt]), NEW, args.temperature,
@@ -702,3 +710,225 @@ def test_what_goes_astray_is_said_once_with_its_cause_and_the_flag_to_turn(capsy
     ppo.warn(log, {**sane, "kl": float("nan")}, SCORES)    # of NaN, the count of skipped updates tells
     assert capsys.readouterr().err == ""
     log.file.close()
+
+
+# ------------------------------------------------------------------------------------------ ranks
+@pytest.fixture(scope="module")
+def talkers(tokenizer_file, tmp_path_factory):
+    """Folders of a model whose answers have many lengths, of an actor's and a reward model's adapter on it,
+    and of a full reward model."""
+    root = tmp_path_factory.mktemp("talkers")
+    talker = save_talker(root / "talker", tokenizer_file)
+    for name, kind, task in (("actor", Llama, "CAUSAL_LM"), ("reward", RewardModel, "SEQ_CLS")):
+        model = kind.from_pretrained(talker)
+        add_lora(model, 2, 4, ["q_proj", "down_proj"])
+        randomize(model, 6)
+        save_adapter(model, root / name, "default", talker, task)
+    reward = RewardModel.from_pretrained(talker)
+    randomize(reward, 2)
+    reward.save_pretrained(root / "full-reward")
+    copy_tokenizer(tokenizer_file.parent, root / "full-reward")
+    for name in ("reward", "full-reward"):
+        (root / name / "reward_stats.json").write_text('{"mean": 0.5, "std": 2.0}')
+    return root
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_a_rollout_of_several_ranks_is_that_of_one_with_its_rows_in_order(
+        world, roles_of, talkers, prompts, tokenizer, monkeypatch):
+    _, args = roles_of("full", "reward", "--micro-batch", "3", "--max-new", NEW)
+    args.actor, args.reward = str(talkers / "talker"), str(talkers / "full-reward")
+    roles = build_roles(args, torch.float32, "cpu")
+    roles["actor"].model.n_words = tokenizer.vocab_size
+    uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))  # 7 prompts: they do not divide by ranks
+    uniforms[:4] = 1e-9                      # these rows answer with EOS alone: some ranks have short answers
+    expected = rollout(roles, prompts, uniforms, args, tokenizer)
+    lengths = expected.response_mask.sum(1).tolist()
+    assert lengths[:4] == [1] * 4 and len(set(lengths)) > 2
+    work = lambda rank: rollout(roles, prompts, uniforms, args, tokenizer)  # noqa: E731
+    for found in on_ranks(world, work, monkeypatch):
+        assert found.start == expected.start
+        for name, x in vars(expected).items():
+            assert not isinstance(x, torch.Tensor) or torch.allclose(getattr(found, name), x, atol=1e-5), name
+
+
+def test_measures_are_means_over_ranks(monkeypatch):
+    def work(rank):
+        measures = Measures()
+        for x in (1.0, 2.0):
+            measures.add(loss=torch.tensor(x + 10 * rank))
+        return measures.means()
+    assert on_ranks(2, work, monkeypatch) == [{"loss": 6.5}] * 2
+
+
+# ------------------------------------------------------------------------------------------ updates
+def test_the_moving_average_keeps_its_decay_and_takes_the_rest_of_the_weights():
+    weights = {"a": torch.nn.Parameter(torch.tensor([1.0, 3.0]).bfloat16())}
+    average = start_average(weights)
+    weights["a"].data += 8
+    assert average["a"].tolist() == [1.0, 3.0] and average["a"].dtype == torch.float32
+    update_average(average, weights, 0.75)
+    assert average["a"].tolist() == [3.0, 5.0]
+
+
+TEXTS = [([1, 50, 60, 70, 80, 2], 3), ([1, 51, 61, 2], 2), ([1, 52, 62, 72, 82, 2], 1), ([1, 53, 2], 2)] * 2
+
+
+@pytest.mark.parametrize("world, micro", [(1, 8), (1, 2), (2, 2)])
+@pytest.mark.parametrize("texts", [[], TEXTS])
+def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
+        texts, world, micro, roles_of, tokenizer, pairs_file, monkeypatch):
+    flags = "--temperature 0.8 --ptx-data x --ptx-coef 0.7 --clip 0.02 --value-clip 0.005 --micro-batch"
+    roles, args = roles_of("adapter", "reward-adapter", *flags.split(), micro)
+    trained_weights(roles)
+    roles["actor"].model.n_words = tokenizer.vocab_size
+    batch = made_up([3, 5, 2, 4, 1, 3, 2, 6], [4, 1, 2, 6, 3, 5, 2, 1])
+    batch.ids = batch.ids * 7 % 300
+    mask, rows, whole = batch.response_mask, torch.randperm(8), batch.select(list(range(8)))
+    with torch.no_grad():                    # near the networks' own numbers: some are clipped, some are not
+        logps, _ = answer_logps(roles["actor"].activate(), whole, 0.8, tokenizer.vocab_size)
+        batch.old_logp = logps + 0.02 * batch.old_logp
+        batch.values = (response_values(roles["critic"].activate(), whole) + 0.01 * batch.values) * mask
+
+    def update(rank):
+        mine = build_roles(args, torch.float32, "cpu")
+        trained = trained_weights(mine)
+        mine["actor"].model.n_words = tokenizer.vocab_size
+        measures = Measures()
+        my_micros = my_micro_batches(batch, rows, micro)
+        total = mask[rows].sum() / (world * len(my_micros))
+        engines = [PlainEngine(args, mine[role].model, [*weights.values()], 0.0, 1, len(my_micros), None)
+                   for role, weights in trained.items()]
+        update_actor(mine["actor"], engines[0], my_micros, total, args, tokenizer.vocab_size, measures,
+                     is_first=True, texts=texts)
+        update_critic(mine["critic"], engines[1], my_micros, total, args, measures)
+        return [engine.gradients for engine in engines], measures.means()
+
+    (actors, critics), measures = on_ranks(world, update, monkeypatch)[0]
+    trained, whole = trained_weights(roles), batch.select(list(range(8)))
+    new_logp, logits = answer_logps(roles["actor"].activate(), whole, 0.8, tokenizer.vocab_size)
+    loss = policy_loss(new_logp, whole.old_logp, whole.adv, mask, 0.02)
+    moved = policy_measures(new_logp, whole.old_logp, mask, 0.02, mask.sum())
+    expected = {"policy_loss": loss, "entropy": entropy(logits, 0.8) / mask.sum(), **moved}
+    expected["first_ratio"] = expected.pop("ratio")
+    assert 0.1 < moved["clip_frac"] < 0.9
+    if texts:
+        expected["ptx_loss"] = rows_loss(roles["actor"].model, texts, n_labels(texts), "cpu")
+        loss = loss + 0.7 * expected["ptx_loss"]
+    actor_gradient = gradient_of(loss, trained["actor"])
+    values = response_values(roles["critic"].activate(), whole)
+    expected["value_loss"] = value_loss(values, whole.values, whole.returns, mask, 0.005)
+    critic_gradient = gradient_of(expected["value_loss"], trained["critic"])
+    for found, gradient in ((actors, actor_gradient), (critics, critic_gradient)):
+        assert len(found) == 1 and (found[0] - gradient).abs().max() < 1e-4 * gradient.abs().max()
+    assert measures == pytest.approx({name: x.item() for name, x in expected.items()}, rel=1e-4)
+
+
+def gradient_of(loss, weights):
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in weights.values()])
+
+
+# ------------------------------------------------------------------------------------------ the loop
+LOOP = ("--max-prompt 32 --max-new 8 --rollout-batch 8 --mini-batch 4 --ppo-epochs 2 --steps 3 "
+        "--eval-every 2 --eval-prompts 5 --temperature 0.7 --kl-coef 0.05 --score-clip 3 "
+        "--missing-eos-penalty 0.5 --gamma 0.97 --lam 0.9 --clip 0.15 --value-clip 0.25 "
+        "--actor-lr 0.01 --critic-lr 0.001 --ema 0.9")
+MORE = "--kl-target 0.01 --kl-gain 0.5 --reward-norm rollout --norm-prompts 11 --ptx-coef 0.5 --actor-lr 1"
+
+
+@pytest.fixture(scope="module")
+def jobs(talkers, pairs_file, tmp_path_factory):
+    """The command lines of PPO on one base with every option, and of PPO that trains all weights."""
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [{"text": f"the sky is blue {'so ' * (i % 5)}"} for i in range(20)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jobs = {"one base": f"--actor {talkers}/actor --reward {talkers}/reward {LOOP} {MORE} --ptx-data {text}",
+            "all weights": f"--actor {talkers}/talker --reward {talkers}/full-reward {LOOP}"}
+    return {name: [*words.split(), "--data", pairs_file] for name, words in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def reference(jobs, tmp_path_factory):
+    """reference(job): a run of it on one rank, and the calls of the functions that main uses."""
+    done = {}
+
+    def run(job):
+        if job not in done:
+            names = ("load_rows", "rollout", "normalise", "token_rewards", "advantages", "policy_loss",
+                     "value_loss", "steered", "measure_stats", "my_micro_batches")
+            with pytest.MonkeyPatch.context() as patches:
+                calls = {name: spy(ppo, name, patches) for name in names}
+                out = tmp_path_factory.mktemp("ppo") / "out"
+                done[job] = train(ppo, [*jobs[job], "--micro-batch", "2"], out, patches), calls
+        return done[job]
+    return run
+
+
+KEYS = "step", "prompt", "response"
+
+
+@pytest.mark.parametrize("job, world, micro", [("one base", 2, 1), ("one base", 1, 4), ("all weights", 2, 2)])
+def test_ranks_and_micro_batches_change_nothing(job, world, micro, jobs, reference, tmp_path, monkeypatch):
+    expected, _ = reference(job)
+    found = train(ppo, [*jobs[job], "--micro-batch", micro], tmp_path / "out", monkeypatch, world)
+    assert [line.keys() for line in found.lines] == [line.keys() for line in expected.lines]
+    for line, other in zip(found.lines, expected.lines, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+    for engine, other in zip(found.engines, expected.engines, strict=True):
+        for gradient, its in zip(engine.gradients, other.gradients, strict=True):
+            assert (gradient - its).abs().max() <= 1e-3 * its.abs().max()
+        assert engine.gradients[0].abs().max() > 0
+    samples = [(run.out / "samples.jsonl").read_text().splitlines() for run in (found, expected)]
+    for row, other in zip(*(map(json.loads, rows) for rows in samples), strict=True):
+        assert [row[key] for key in KEYS] == [other[key] for key in KEYS]
+
+
+@pytest.mark.parametrize("job", ["one base", "all weights"])
+def test_every_number_of_the_algorithm_reaches_the_function_it_belongs_to(job, reference):
+    run, calls = reference(job)
+    steps = [line for line in run.lines if "lr" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [engine.updates for engine in run.engines] == [12, 12]
+    assert calls["load_rows"][0][0][1] == 2         # the third share of the pairs
+    assert all(call[0][3:] == (0.97, 0.9) for call in calls["advantages"])
+    assert all(call[0][4] == 0.15 for call in calls["policy_loss"])
+    assert all(call[0][4] == 0.25 for call in calls["value_loss"])
+    rollouts = [call[2] for call in calls["rollout"] if len(call[0]) == 5 and len(call[0][1]) == 8][-3:]
+    for line, batch, (arguments, _, _) in zip(steps, rollouts, calls["token_rewards"], strict=True):
+        assert arguments[0] is batch and arguments[2] == line["beta"]
+        kl = kl_per_token(batch.old_logp, batch.ref_logp, batch.response_mask)
+        assert line["kl"] == pytest.approx(kl.sum().item() / 8)
+        assert line["first_ratio"] == pytest.approx(1, abs=1e-5)
+        assert line["length"] == batch.response_mask.sum() / 8 and line["score"] == arguments[1].mean()
+    assert steps[0]["kl"] == 0 != steps[1]["kl"]
+    if job == "all weights":                 # reward_stats.json, and no target of the KL
+        assert torch.equal(calls["token_rewards"][0][0][1], (rollouts[0].raw_score - 0.5) / 2)
+        assert not calls["steered"] and all(line["beta"] == 0.05 for line in steps)
+    else:
+        assert [call[0][2:] for call in calls["steered"]] == [(0.01, 0.5)] * 3
+        assert [line["beta"] for line in steps[1:]] == [call[2] for call in calls["steered"][:2]]
+        assert 0.05 == steps[0]["beta"] != steps[1]["beta"]
+
+
+def test_scores_normalised_by_the_references_own_have_mean_zero_and_variance_one(reference):
+    _, calls = reference("one base")
+    stats = calls["measure_stats"][0][2]
+    score = torch.cat([call[2].raw_score for call in calls["rollout"][:2]])        # of 8 prompts, and of 3
+    normal = ppo.normalise(score, stats)
+    assert len(score) == 11 and score.std() > 0
+    assert abs(normal.mean()) < 1e-4 and normal.var(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_each_step_has_random_numbers_of_its_own_and_each_pass_its_own_mini_batches(reference):
+    run, calls = reference("all weights")
+    uniforms = [call[0][2] for call in calls["rollout"]]
+    held_out, steps = [x for x in uniforms if len(x) != 8], [x for x in uniforms if len(x) == 8]
+    assert len(held_out) == len(steps) == 3  # held-out ones before step 1, after 2 and after 3
+    assert all(torch.equal(held_out[0], x) for x in held_out[1:])
+    assert not any(torch.equal(steps[i], steps[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    for step, x in enumerate(steps, 1):
+        assert torch.equal(x, torch.rand(8, 8, generator=random_numbers(1234, step)))
+    rows = [call[0][1].tolist() for call in calls["my_micro_batches"]]
+    passes = [rows[i] + rows[i + 1] for i in range(0, 12, 2)]      # 3 steps of 2 passes of 2 mini-batches
+    assert all(sorted(order) == [*range(8)] for order in passes) and len(set(map(tuple, passes))) == 6

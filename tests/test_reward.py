@@ -9,12 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import reward
 from conftest import tiny_config, tiny_llama
-from data import collate_pairs, pad
+from data import collate_pairs, pad, stream
 from llama import Llama
 from lora import adapter_parameters, add_lora, lora_layers, save_adapter, use_adapter
 from reward import RewardModel, batch_loss, evaluate, last_scores, load_reward_model, pairwise_loss
 from runtime.errors import BadInput
+from runtime.folders import copy_tokenizer
+from training import on_ranks, spy, train
 
 KINDS = pytest.mark.parametrize("kind", ["last", "dense"])
 
@@ -406,3 +409,39 @@ def test_ties_count_as_wrong(process_group):
     torch.nn.init.zeros_(model.score.weight)
     stats = evaluate(model, made_up_pairs(5), 2, torch.device("cpu"))
     assert stats == {"accuracy": 0, "margin": 0, "mean": 0, "std": 0}
+
+
+# ------------------------------------------------------------------------------------- ranks and the loop
+@pytest.mark.parametrize("world, micro", [(2, 1), (2, 3), (3, 2)])
+def test_evaluate_on_several_ranks_counts_every_pair_once(world, micro, monkeypatch):
+    model, rows = tiny_reward(), made_up_pairs(7)
+    found = on_ranks(world, lambda rank: evaluate(model, rows, micro, torch.device("cpu")), monkeypatch)
+    assert found == [pytest.approx(direct(model, rows), rel=1e-4)] * world
+
+
+@pytest.mark.parametrize("world, micro", [(1, 8), (1, 2), (2, 2)])
+@KINDS
+def test_a_step_has_the_loss_and_the_gradient_of_its_whole_batch(
+        kind, world, micro, base, pairs_file, tokenizer_file, tmp_path, monkeypatch):
+    start = tmp_path / "start"               # a reward model: a new head would be another one in each run
+    tiny_reward().save_pretrained(start)
+    copy_tokenizer(tokenizer_file.parent, start)
+    loaded = spy(reward, "load_rows", monkeypatch)
+    words = (f"--model {start} --data {pairs_file} --batch 8 --micro-batch {micro} --loss {kind} "
+             "--max-len 64 --lr 0.01 --steps 3 --log-every 1 --eval-every 2")
+    run = train(reward, words.split(), tmp_path / "out", monkeypatch, world)
+    (args, phase, *_), _, (rows, held_out) = loaded[0]
+    assert phase == 1 and run.engines[0].updates == 3                # the second share of the pairs
+    lengths = [max(len(chosen), len(rejected)) for chosen, rejected, _ in rows]
+    ids, mask, starts = collate_pairs([rows[i] for i in next(stream(lengths, 8, args.seed))[2]])
+    model = load_reward_model(start)
+    loss = batch_loss(model(ids, mask), mask, starts, kind, 8)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (run.engines[0].gradients[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    before, step, *_ = run.lines
+    means = direct(model, held_out)
+    assert before == {"step": 0, **{name: pytest.approx(x, rel=1e-4) for name, x in means.items()}}
+    assert step["loss"] == pytest.approx(loss.item(), rel=1e-5) and step["lr"] == 0.01
+    stats = {"n": len(held_out), **{name: run.lines[-1][name] for name in ("mean", "std", "accuracy")}}
+    assert json.loads((run.out / "reward_stats.json").read_text()) == stats

@@ -4,9 +4,11 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import chat
@@ -15,12 +17,25 @@ import reward
 import runtime.checkpoint
 import runtime.ranks
 import sft
+from conftest import metrics
+from llama import Llama
+from lora import add_lora, save_adapter
 from runtime.checkpoint import Run, Stopped, on_signal, stoppable
-from runtime.engine import rate_share
+from runtime.engine import backward_and_step, engine_metrics, make_engine, rate_share
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import number, shares
 from runtime.log import Log
-from runtime.ranks import fail_together, from_all, lost_touch, run, say, sum_over_ranks
+from runtime.ranks import (
+    fail_together,
+    from_all,
+    lost_touch,
+    max_over_ranks,
+    run,
+    say,
+    start_group,
+    sum_over_ranks,
+)
+from training import on_ranks, prepare, save_talker
 
 HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07e"
 
@@ -283,3 +298,226 @@ def test_tokens_per_second_count_the_steps_alone(log, monkeypatch):
     clock[0] += 3
     log.step(4, loss=1.0)
     assert written[-1]["tokens_per_s"] == pytest.approx(24 / 6)
+
+
+# ------------------------------------------------------------------------------------------ the engine
+SETTINGS = {"weight_decay": 0.5, "warmup": 0.5, "micro_batch": 1, "grad_clip": 0.0, "zero_stage": 2}
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """DeepSpeed on the group of this process, as setup would start it."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("DS_ACCELERATOR", "cpu")):
+        monkeypatch.setenv(name, value)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"): # they are left as they are
+        monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
+    start_group(False, timedelta(seconds=60))
+
+
+def small_engine(accumulation=1, dtype=torch.float32, **changes):
+    """DeepSpeed's engine of a matrix and a bias, for 8 updates."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    args = SimpleNamespace(**{**SETTINGS, **changes})
+    return make_engine(args, model, [*model.parameters()], 0.1, 8, accumulation, dtype), model
+
+
+def update(engine, model, x):
+    """Weights after one update whose loss is x times their sum, so that each entry's gradient is x."""
+    backward_and_step(engine, x * sum(p.sum() for p in model.parameters()))
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_adam_has_its_betas_and_weight_decay_is_of_matrices_alone(deepspeed):
+    engine, model = small_engine()
+    matrix, bias = (p.detach().clone() for p in model.parameters())
+    assert {group["betas"] for group in engine.optimizer.param_groups} == {(0.9, 0.95)}
+    new_matrix, new_bias = update(engine, model, 1.0)              # Adam's first update is the rate, 0.1 / 4
+    assert torch.allclose(new_bias, bias - 0.025, atol=1e-5)
+    assert torch.allclose(new_matrix, matrix * (1 - 0.025 * 0.5) - 0.025, atol=1e-5)
+
+
+def test_the_rate_of_an_engine_rises_over_the_share_of_steps_that_warmup_is(deepspeed):
+    engine, model = small_engine()
+    rates = []
+    for _ in range(8):
+        rates.append(engine.get_lr()[0])
+        update(engine, model, 1.0)
+    assert rates == pytest.approx([0.1 * rate_share(done, 4, 8) for done in range(8)])
+
+
+def test_an_update_is_the_mean_over_its_micro_batches_and_its_norm_is_clipped(deepspeed):
+    for clip, share in ((0.0, 1.0), (1.0, 1 / (3 * 8 ** 0.5))):
+        engine, model = small_engine(accumulation=2, grad_clip=clip)
+        before = [p.detach().clone() for p in model.parameters()]
+        assert all(map(torch.equal, update(engine, model, 2.0), before))
+        update(engine, model, 4.0)
+        assert engine_metrics(engine)["grad_norm"] == pytest.approx(3 * 8 ** 0.5, rel=1e-4)
+        moment = engine.optimizer.optimizer.state_dict()["state"][0]["exp_avg"]
+        assert torch.allclose(moment, torch.full_like(moment, 0.1 * 3 * share), rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_those_in_a_row_are_counted(stage, bad, deepspeed):
+    engine, model = small_engine(zero_stage=stage)
+    counts = []
+    for x in (1.0, bad, bad, 1.0, bad):
+        before = [p.detach().clone() for p in model.parameters()]
+        after = update(engine, model, x)
+        assert all(map(torch.equal, before, after)) == (x == bad or x != x)
+        counts.append((engine.skipped_in_a_row, engine.skipped_steps))
+    assert counts == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+
+
+def test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_four_do_not(tmp_path):
+    engine = SimpleNamespace(fp16_enabled=lambda: False, skipped_in_a_row=4)
+    here = SimpleNamespace(engines={"model": engine}, args=SimpleNamespace(save_every=100), rank=0,
+                           steps_on_disk=lambda: [7])
+    Run.end_step(here, 9, [5, 6], None)
+    engine.skipped_in_a_row = 5
+    with pytest.raises(BadInput, match=r"step 9: the last 5 gradients of the model.*\[5, 6\].*step-7"):
+        Run.end_step(here, 9, [5, 6], None)
+
+
+# ------------------------------------------------------------------------------------------ resume
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def jobs(tokenizer_file, pairs_file, tmp_path_factory):
+    """{name: (script, its command line, the function that evaluates)} of short runs that save every step."""
+    root = tmp_path_factory.mktemp("jobs")
+    talker = save_talker(root / "talker", tokenizer_file)
+    for name, kind, task in (("actor", Llama, "CAUSAL_LM"), ("reward", reward.RewardModel, "SEQ_CLS")):
+        torch.manual_seed(7)
+        model = kind.from_pretrained(talker)
+        add_lora(model, 2, 4, ["q_proj", "v_proj"])
+        save_adapter(model, root / name, "default", talker, task)
+    (root / "text.jsonl").write_text("".join(f'{{"text": "the sky is blue {i}"}}\n' for i in range(20)))
+    steps = f"--data {pairs_file} --steps 5 --save-every 1 --eval-every 2 --log-every 1 --weight-decay 1"
+    return {
+        "sft": (sft, f"--model {talker} {steps} --max-len 64 --batch 8 --micro-batch 2 --lr 1e-3 "
+                     "--lora-rank 2 --lora-dropout 0.3", "perplexity"),
+        "ppo": (ppo, f"--actor {root}/actor --reward {root}/reward {steps} --max-prompt 32 --max-new 8 "
+                     "--rollout-batch 8 --mini-batch 4 --micro-batch 2 --ppo-epochs 2 --eval-prompts 4 "
+                     "--actor-lr 1e-2 --critic-lr 1e-2 --kl-target 0.01 --kl-gain 0.5 --ema 0.9 "
+                     "--reward-norm rollout --norm-prompts 8 "
+                     f"--ptx-data {root}/text.jsonl --ptx-coef 0.5", "answer_held_out")}
+
+
+@pytest.fixture
+def start(jobs, deepspeed, monkeypatch):
+    """start(job, out, more flags, at_evaluation): runs it; at_evaluation(n) begins the n-th evaluation."""
+    def run(job, out, more="", at_evaluation=lambda n: None):
+        script, words, name = jobs[job]
+        evaluate, n = getattr(script, name), [0]
+
+        def evaluating(*arguments):
+            n[0] += 1
+            at_evaluation(n[0])
+            return evaluate(*arguments)
+
+        with monkeypatch.context() as patches:
+            prepare(script, f"{words} --out {out} {more}".split(), patches)
+            patches.setattr(script, name, evaluating)
+            script.main()
+        runtime.checkpoint.seen.update(signal=0, at=0.0)
+        return record(out)
+    return run
+
+
+def record(out):
+    """What a run leaves: its lines but for times, its samples, and its weights."""
+    lines = [{**line, "tokens_per_s": 0} for line in metrics(out)]
+    samples = (out / "samples.jsonl").read_text() if (out / "samples.jsonl").exists() else None
+    return lines, samples, [file.read_bytes() for file in sorted(out.glob("**/adapter_model.safetensors"))]
+
+
+@pytest.fixture(scope="module")
+def done():
+    """The records of runs that nobody disturbed, by job."""
+    return {}
+
+
+def steps_saved(out):
+    return sorted(int(folder.name[5:]) for folder in out.glob("checkpoints/*"))
+
+
+def kill_in_third(n):
+    if n == 3:
+        raise Killed
+
+
+@pytest.mark.parametrize("job", ["sft", "ppo"])
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(job, start, done, tmp_path, capsys):
+    done[job] = start(job, tmp_path / "whole")
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        start(job, out, at_evaluation=kill_in_third)               # step 4 is in the log, and not saved
+    assert steps_saved(out) == [2, 3] and metrics(out)[-1]["step"] == 4
+    capsys.readouterr()
+    assert start(job, out, "--resume") == done[job]
+    assert "after step 3\n" in capsys.readouterr().out and steps_saved(out) == [3, 4]
+
+
+def test_a_checkpoint_that_is_damaged_is_passed_over(start, done, tmp_path, capsys):
+    expected = done.get("sft") or start("sft", tmp_path / "whole")
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        start("sft", out, at_evaluation=kill_in_third)
+    file = out / "checkpoints" / "step-3" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert start("sft", out, "--resume") == expected
+    said = capsys.readouterr()
+    assert "after step 2\n" in said.out and "step-3" in said.err and "damaged" in said.err
+
+
+def test_an_evaluation_that_a_signal_stops_is_made_up_for(start, done, tmp_path):
+    expected = done.get("sft") or start("sft", tmp_path / "whole")
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        start("sft", out, at_evaluation=lambda n: n == 2 and on_signal(signal.SIGTERM, None))
+    assert end.value.code == 143 and steps_saved(out) == [1, 2]
+    assert [line["step"] for line in metrics(out)] == [0, 1, 2]    # the evaluation after step 2 has no line
+    runtime.checkpoint.seen.update(signal=0, at=0.0)
+    assert start("sft", out, "--resume") == expected
+
+
+def test_a_resumed_run_may_not_have_another_seed_and_may_log_less(start, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        start("sft", out, at_evaluation=kill_in_third)
+    with pytest.raises(BadInput, match="seed 1234 -> 5 would make it another run"):
+        start("sft", out, "--resume --seed 5")
+    lines, *_ = start("sft", out, "--resume --log-every 5")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 5, 5]
+
+
+def test_where_the_moments_start_anew_the_rate_does_not(start, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        start("sft", out, at_evaluation=kill_in_third)
+    lines, *_ = start("sft", out, "--resume --zero-stage 0")
+    said = capsys.readouterr().out
+    assert "zero_stage 2 -> 0" in said and "the optimisers' moments start anew" in said
+    rates = [line["lr"] for line in lines if "lr" in line]         # DeepSpeed reads them in the optimiser
+    assert rates == pytest.approx([1e-3 * rate_share(done, 1, 5) for done in range(5)])
+
+
+# ------------------------------------------------------------------------------------------ several ranks
+def test_sums_and_largest_numbers_are_over_all_ranks(monkeypatch):
+    found = on_ranks(3, lambda rank: (sum_over_ranks(rank, 1.5), max_over_ranks(-rank, rank)), monkeypatch)
+    assert found == [([3.0, 4.5], [0.0, 2.0])] * 3
+
+
+def test_what_is_wrong_on_one_rank_ends_all_of_them(monkeypatch):
+    def work(rank):
+        with pytest.raises(BadInput, match="of rank 1") as error, fail_together():
+            if rank == 1:
+                raise BadInput("of rank 1")
+        return error.value.everywhere
+    assert on_ranks(3, work, monkeypatch) == [True] * 3

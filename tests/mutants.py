@@ -1,0 +1,332 @@
+"""Small faults of the code, one at a time, each of which the fast tests must notice.
+
+A test that cannot fail proves nothing. So this program puts a fault into a copy of the project, runs the
+tests of the file that has the fault, and expects one of them to fail. A fault that no test notices survives.
+
+    python tests/mutants.py                          # all of them, about a quarter of an hour
+    python tests/mutants.py --sample 6 --seed 3      # six random ones
+    python tests/mutants.py --only gae               # those whose file, old or new text holds "gae"
+
+A new fault is one line in FAULTS: the file, a text that the file holds exactly once, and the text that takes
+its place. Every fault must change a result. tests/test_mutants.py checks the rest of this.
+"""
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+TIMEOUT = 300                                # seconds: a fault that makes the tests hang is noticed too
+
+# The test files that matter for a file with a fault; those of all files where it is not named here.
+TESTS = {
+    "data.py": ["test_data.py"],
+    "llama.py": ["test_llama.py", "test_reward.py"],
+    "lora.py": ["test_lora.py"],
+    "sft.py": ["test_sft.py"],
+    "reward.py": ["test_reward.py"],
+    "ppo.py": ["test_ppo.py", "test_runtime.py"],
+    "runtime/checkpoint.py": ["test_runtime.py"],
+    "runtime/engine.py": ["test_runtime.py"],
+    "runtime/flags.py": ["test_runtime.py"],
+    "runtime/ranks.py": ["test_runtime.py"],
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in the file becomes `new`. slow: the pytest -k expression of a slow test, for a fault that no
+    fast test can notice."""
+    file: str
+    old: str
+    new: str
+    slow: str = ""
+
+
+llama, lora, data, sft, reward, ppo = (
+    partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
+ranks, engine, checkpoint = (
+    partial(Fault, f"runtime/{name}.py") for name in ("ranks", "engine", "checkpoint"))
+
+FAULTS = [
+    # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
+    data("~mask | (torch.arange(ids.shape[1]) < n_prompt)", "~mask"),
+    data("(torch.arange(ids.shape[1]) < n_prompt)", "(torch.arange(ids.shape[1]) <= n_prompt)"),
+    data("~mask | (torch.arange", "(torch.arange"),
+    data(".strip()) + [tokenizer.eos_id]", ".strip())"),
+    llama("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0"),
+    llama("& mask[:, None, None, :]", "& torch.ones_like(mask)[:, None, None, :]"),
+    llama("(columns <= rows)", "(columns <= rows + 1)"),
+    reward("chosen_mask | rejected_mask", "chosen_mask & rejected_mask"),
+    ppo("return (logp - ref_logp) * mask", "return logp - ref_logp"),
+    ppo("return rewards * mask", "return rewards"),
+    ppo("rewards, values = rewards * mask, values * mask", "rewards = rewards * mask"),
+    ppo("n = mask.sum().clamp(min=1)", "n = mask.numel()"),
+    ppo("1 + clip)) * mask", "1 + clip))"),
+    ppo("(clipped - returns) ** 2) * mask", "(clipped - returns) ** 2)"),
+    ppo("(ratio * mask).sum()", "ratio.sum()"),
+    ppo("(returns - values)[mask].double()", "(returns - values).double()"),
+    ppo("= values * mb.response_mask", "= values"),
+    ppo("((response == tokenizer.eos_id) & response_mask).any(1)", "~response_mask.all(1)"),
+
+    # shifts: column t predicts token t + 1, a value stands before its token, a score at the last token
+    sft("at=F.pad(has_label, (0, 1))", "at=F.pad(has_label, (1, 0))"),
+    sft("labels[:, 1:][has_label]", "labels[:, :-1][has_label]"),
+    ppo("F.pad(mb.response_mask, (mb.start - 1, 1))", "F.pad(mb.response_mask, (mb.start, 0))"),
+    ppo("[:, mb.start - 1:-1]", "[:, mb.start:]"),
+    ppo("F.pad(values, (0, 1))[:, 1:]", "F.pad(values, (1, 0))[:, :-1]"),
+    ppo("mask.long().sum(1) - 1", "mask.long().sum(1) - 2"),
+    ppo("self.start - first", "self.start"),
+    reward("mask.shape[1] - 1 - mask.long().flip(1).argmax(1)", "mask.long().sum(1) - 1"),
+    reward("columns >= starts[:, None]", "columns > starts[:, None]"),
+    reward("torch.minimum(columns, last_column(mask)[:, None])", "columns.expand_as(mask)"),
+    data("if a != b)", "if a == b)"),
+
+    # signs
+    sft("return math.exp(", "return math.exp(-"),
+    reward("chosen.float() - rejected.float()", "rejected.float() - chosen.float()"),
+    reward("[chosen > rejected,", "[chosen < rejected,"),
+    reward("[chosen > rejected,", "[chosen >= rejected,"),
+    reward("chosen - rejected, chosen,", "rejected - chosen, chosen,"),
+    reward("mean_square - mean**2", "mean_square"),
+    ppo("rewards = -kl_coef", "rewards = kl_coef"),
+    ppo("score.clamp(-clip, clip) - penalty", "score.clamp(-clip, clip) + penalty"),
+    ppo("gamma * next_values - values", "gamma * next_values + values"),
+    ppo("return adv, adv + values", "return adv, adv - values"),
+    ppo("maximum(-adv * ratio, -adv", "maximum(adv * ratio, adv"),
+    ppo("maximum(-adv * ratio, -adv", "minimum(-adv * ratio, -adv"),
+    ppo("((new_logp - old_logp) * mask).exp()", "((old_logp - new_logp) * mask).exp()"),
+    ppo("-(logp.exp() * logp)", "(logp.exp() * logp)"),
+    ppo("(ratio - 1 - log_ratio)", "(ratio - 1 + log_ratio)"),
+    ppo('score - stats["mean"]', 'score + stats["mean"]'),
+    ppo("loss + args.ptx_coef", "loss - args.ptx_coef"),
+
+    # normalisers: a loss is a mean over all tokens, or pairs, of all ranks and micro-batches
+    sft("n_labels(rows) / (world * accumulation)", "n_labels(rows) / world"),
+    sft("n_labels(rows) / (world * accumulation)", "n_labels(rows) / accumulation"),
+    sft("sum(len(ids) - n_prompt", "sum(len(ids)"),
+    sft("[0] / n_labels(rows)", "[0] / len(rows)"),
+    sft("sum_over_ranks(loss_sum)[0] / (world * accumulation)", "loss_sum / accumulation"),
+    reward("total=len(micro)", "total=len(rows)"),
+    reward("sum_over_ranks(loss_sum)[0] / (world * accumulation)", "loss_sum / accumulation"),
+    reward("sum(1) / mask.sum(1).clamp(min=1)", "sum(1) / mask.shape[1]"),
+    reward("x / len(rows)", "x / len(order)"),
+    ppo("mask[rows].sum() / (world * len(my_micros))", "mask.sum() / (world * len(my_micros))"),
+    ppo("mask[rows].sum() / (world * len(my_micros))", "mask[rows].sum() / len(my_micros)"),
+    ppo("mask[rows].sum() / (world * len(my_micros))", "mask[rows].sum() / world"),
+    ppo("n_labels(texts) / (world * len(my_micros))", "n_labels(texts) / len(my_micros)"),
+    ppo("x / dist.get_world_size()", "x"),
+    ppo("float(torch.stack(x).mean())", "float(torch.stack(x).sum())"),
+    ppo("return whiten(adv, mask), returns", "return adv, returns"),
+    ppo('/ stats["std"]', '* stats["std"]'),
+    ppo('"mean": float(score.mean())', '"mean": float(score.sum())'),
+    ppo("0.5 * torch.maximum(", "torch.maximum("),
+    ppo("kl.mean()", "kl.sum()"),
+
+    # roles
+    ppo('("actor", mine.old_logp), ("ref", mine', '("ref", mine.old_logp), ("actor", mine'),
+    ppo('roles["actor"].activate().generate(', 'roles["ref"].activate().generate('),
+    ppo('response_values(roles["critic"]', 'response_values(roles["reward"]'),
+    ppo('last_scores(roles["reward"]', 'last_scores(roles["critic"]'),
+    ppo('"ref": Role(actor, "ref")', '"ref": Role(actor, "actor")'),
+    ppo('Role(Llama.from_pretrained(full, dtype, device))', 'Role(actor)'),
+    ppo("critic.score.load_state_dict(reward.score.state_dict())", "critic.score = reward.score"),
+    ppo("critic.score.load_state_dict(reward.score.state_dict())", "pass"),
+    ppo("and reward_adapter and reward_full == full", "and reward_adapter"),
+    ppo('self.adapter is None or name == "score.weight"', "self.adapter is None"),
+    ppo("role.activate()\n    for mb in my_micros", "for mb in my_micros"),
+    ppo("role.model.eval()", "role.model.train()"),
+
+    # ranks: each has its share, and what fills up is not counted
+    data("mine = rows[rank::world]", "mine = rows[rank:]"),
+    sft("[(rows[0][0], len(rows[0][0]))]", "[rows[0]]"),
+    reward("[:, real].sum(1)", ".sum(1)"),
+    ppo("x[rank * share:(rank + 1) * share]", "x[rank::world]"),
+    ppo("fillers = -len(prompts) % world", "fillers = 0"),
+    ppo("gather(x)[:n]", "gather(x)"),
+    ppo("dist.all_reduce(longest, dist.ReduceOp.MAX)", "longest"),
+    ranks("reduced(numbers, dist.ReduceOp.SUM)", "reduced(numbers, dist.ReduceOp.MAX)"),
+    ranks("reduced(numbers, dist.ReduceOp.MAX)", "reduced(numbers, dist.ReduceOp.SUM)"),
+    ranks("[error for error in from_all(mine) if error]", "[error for error in [mine] if error]"),
+
+    # splits and seeds
+    data("sum(weights[:phase + 1])", "sum(weights[:phase + 2])"),
+    data('f"{seed}:{text}"', 'f"{text}"'),
+    data('f"{seed} held out"', "seed"),
+    data("split_records(records, sides, 1, other_seed)", "split_records(records, sides, 0, other_seed)"),
+    data("if split and are_pairs(of_file)", "if split"),
+    data('random.Random(f"{seed} {epoch}")', 'random.Random(f"{seed}")'),
+    data("pool = 50 * batch", "pool = len(lengths)"),
+    sft("load_rows(args, 0,", "load_rows(args, 1,"),
+    reward("load_rows(args, 1,", "load_rows(args, 0,"),
+    ppo("PHASE = 2 ", "PHASE = 1 "),
+    ppo("seed * 1_000_003 + step", "seed * 1_000_003"),
+    ppo("rng = random_numbers(args.seed, step)", "rng = random_numbers(args.seed, 1)"),
+    ppo("torch.randperm(args.rollout_batch, generator=rng)", "torch.arange(args.rollout_batch)"),
+    ppo("generator=random_numbers(args.seed, HELD_OUT)", "generator=None"),
+
+    # temperature, clips, penalties and other numbers of the algorithm
+    llama("else logits / temperature", "else logits * temperature"),
+    ppo("logits.float() / temperature", "logits.float() * temperature"),
+    ppo("at_temperature(rows, temperature)", "at_temperature(rows, 1)"),
+    ppo("answer_logps(model, mb, args.temperature", "answer_logps(model, mb, 1.0"),
+    ppo("answer_logps(engine, mb, args.temperature", "answer_logps(engine, mb, 1.0"),
+    ppo("args.temperature, n_words)", "args.temperature, n_words + 9)"),
+    ppo("ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(0, 1 + clip)"),
+    ppo("old + (new - old).clamp(-clip, clip)", "new"),
+    ppo("mb.response_mask, args.value_clip, total", "mb.response_mask, args.clip, total"),
+    ppo("score.clamp(-clip, clip) - penalty", "(score - penalty).clamp(-clip, clip)"),
+    ppo("torch.where(batch.ended, 0.0", "torch.where(~batch.ended, 0.0"),
+    ppo("deltas[:, t] + gamma * lam * next_adv", "deltas[:, t] + lam * next_adv"),
+    ppo("args.gamma, args.lam)", "args.lam, args.gamma)"),
+    ppo("kl / target - 1", "1 - kl / target"),
+    ppo("min(0.2, ", "min(2.0, "),
+    ppo("float(), 1 - decay)", "float(), decay)"),
+    ppo("is_first=(ppo_epoch, n) == (0, 0)", "is_first=n == 0"),
+    ppo("updates = args.ppo_epochs * args.rollout_batch", "updates = args.rollout_batch"),
+
+    # LoRA
+    lora("(x) * self.scale[self.active]", "(x)"),
+    lora("rank, alpha / rank, dropout)", "rank, alpha, dropout)"),
+    lora("alpha / rank ** 0.5 if", "alpha / rank if"),
+    lora("layer.scale[name] * ranks[layer_path]", "layer.scale[name]"),
+    lora("layer.weight.float() + delta", "layer.weight.float() - delta"),
+    lora(".weight.float() * layer.scale[name]", ".weight.float()"),
+    lora("nn.init.zeros_(self.lora_B[name].weight)", "nn.init.ones_(self.lora_B[name].weight)"),
+    lora("self.dropout[self.active], self.training", "self.dropout[self.active], True"),
+    lora('and not key.startswith("score.")', ""),
+    lora("name if name in layer.lora_A else None", "name if name in layer.lora_A else layer.active"),
+
+    # the network: RMSNorm, rotary positions, cache, SwiGLU
+    llama("keepdim=True) + self.eps)", "keepdim=True))"),
+    llama("x32 = x.float()", "x32 = x"),
+    llama("b * cos + a * sin", "b * cos - a * sin"),
+    llama("* (1 - unscaled)", "* unscaled"),
+    llama("clamp(min=0)[:, newest]", "clamp(min=0)[:, :T]"),
+    llama("cache.length = S", "cache.length = T"),
+    llama("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+    llama("cache.keep(keep)", "cache.keep(torch.arange(len(keep)))"),
+    llama('"pad_token_id": 0', '"pad_token_id": 2'),
+
+    # sampling
+    llama("logits < smallest", "logits <= smallest"),
+    llama("probs.cumsum(-1) - probs >= top_p", "probs.cumsum(-1) >= top_p"),
+    llama("target, right=True", "target"),
+    llama("uniforms[rows, t]", "uniforms[:len(rows), t]"),
+    llama("[:, :self.n_words].float()", ".float()"),
+
+    # text: the template, what is cut, what is dropped
+    data('+ "\\n\\nAssistant:"', '+ "\\n\\nAssistant: "'),
+    data('f"{system}\\n\\n{question}"', 'f"{system}\\n{question}"'),
+    data("ids = [tokenizer.bos_id] + tokenizer", "ids = tokenizer"),
+    data("system + turns[start:]", "system + turns[:len(turns) - start]"),
+    data("(prompt + answer)[:max_len]", "(prompt + answer[:-1])[:max_len - 1] + answer[-1:]"),
+    data("max_len - max(len(chosen), len(rejected))", "max_len - min(len(chosen), len(rejected))"),
+    data("if empty or same or", "if empty or"),
+    data("if turns != other_turns", "if turns[:1] != other_turns[:1]"),
+    data('if row["labels"] else', 'if not row["labels"] else'),
+
+    # the engine: schedule, weight decay, gradients that are not finite
+    engine("return (done + 1) / warmup", "return done / warmup"),
+    engine("0.5 + 0.5 * math.cos", "0.5 - 0.5 * math.cos"),
+    engine("round(args.warmup * ", "round(args.warmup + 0 * "),
+    engine('"weight_decay": 0.0}', '"weight_decay": args.weight_decay}'),
+    engine("betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
+    engine('"gradient_clipping": args.grad_clip', '"gradient_clipping": 0.0'),
+    engine('"gradient_accumulation_steps": accumulation', '"gradient_accumulation_steps": 1'),
+    engine("self.overflow = not math.isfinite(", "self.overflow = math.isnan("),
+    engine("if engine.skipped_steps > skipped else 0", "if engine.skipped_steps else 0"),
+
+    # checkpoints: a resumed run is the run without the stop
+    checkpoint("engine.skipped_in_a_row >= SKIPPED", "engine.skipped_in_a_row > SKIPPED"),
+    checkpoint('"local_rank",', '"local_rank", "seed",'),
+    checkpoint('kept.get("evaluation_due", False)', "True"),
+    checkpoint("self.save(step, evaluation_due=True)", "self.save(step)"),
+    checkpoint("min(size, (self.out / name).stat().st_size)", "(self.out / name).stat().st_size"),
+    checkpoint("self.step = max(usable)", "self.step = min(usable)"),
+    checkpoint("manifest.get(name) != fingerprint(folder / name)", "name not in manifest"),
+    checkpoint("older[:2]", "older[:1]"),
+    checkpoint('group["lr"] = lr', "pass"),
+    checkpoint('torch.set_rng_state(mine["random"])', "pass"),
+    checkpoint("[mine[name]] * self.world", "[self.engines[name].optimizer.state_dict()] * self.world"),
+    checkpoint("weight.data.copy_(file.get_tensor(name))", "pass"),
+    ppo("state.extra.update(beta=beta, stats=stats)", "state.extra.update(beta=args.kl_coef, stats=stats)"),
+    ppo("state.step * updates)", "state.step)"),
+]
+
+
+def arguments_of(fault: Fault) -> list[str]:
+    """The arguments of pytest for the tests that must notice a fault."""
+    if fault.slow:
+        return ["tests", "-m", "slow", "-k", fault.slow]
+    files = [f"tests/{name}" for name in TESTS.get(fault.file, ["."])]
+    return [*files, "-m", "not slow"]
+
+
+def copy_project(to: Path) -> Path:
+    """Copies what the tests need into the folder `to`."""
+    left_out = shutil.ignore_patterns(".venv", ".git", ".pytest_cache", "__pycache__", "runs", "made*")
+    return Path(shutil.copytree(REPO, to / REPO.name, ignore=left_out))
+
+
+def run_tests(copy: Path, arguments: list[str]) -> int | None:
+    """pytest's exit status in the copy: 0 where all tests pass, 1 where one fails; None where they hang."""
+    # a compiled file is taken for the source's by size and second, and a fault may keep both: write none
+    real_data = str(REPO.parent / "shared" / "data")               # where tests/conftest.py looks for it
+    env = {"RLHF_TEST_DATA": real_data, **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    try:
+        return subprocess.run(command, cwd=copy, env=env, capture_output=True, timeout=TIMEOUT).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def is_caught(copy: Path, fault: Fault) -> bool:
+    """Whether a test fails with this fault in the copy, from which it is taken out again."""
+    file = copy / fault.file
+    source = file.read_text()
+    file.write_text(source.replace(fault.old, fault.new))
+    try:
+        return run_tests(copy, arguments_of(fault)) in (1, None)
+    finally:
+        file.write_text(source)
+
+
+def in_words(fault: Fault) -> str:
+    return f"{fault.file}: {fault.old!r} -> {fault.new!r}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Puts faults into the code, which the tests must notice.")
+    parser.add_argument("--sample", type=int, help="only so many, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice")
+    parser.add_argument("--only", default="", help="only those with this text in the file's name, old or new")
+    args = parser.parse_args()
+    faults = [fault for fault in FAULTS if args.only in in_words(fault) or args.only in fault.old + fault.new]
+    if args.sample is not None:
+        faults = random.Random(args.seed).sample(faults, min(args.sample, len(faults)))
+    os.nice(5)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_project(Path(folder))
+        for arguments in {tuple(arguments_of(fault)): None for fault in faults}:
+            if run_tests(copy, [*arguments]) != 0:
+                sys.exit(f"without any fault, these tests must pass: pytest {' '.join(arguments)}")
+        caught = 0
+        for fault in faults:
+            start, found = time.monotonic(), is_caught(copy, fault)
+            caught += found
+            took = f"{time.monotonic() - start:3.0f} s"
+            print(f"{'caught  ' if found else 'SURVIVED'} {took}  {in_words(fault)}", flush=True)
+    print(f"{caught} of {len(faults)} mutants caught")
+    sys.exit(caught < len(faults))
+
+
+if __name__ == "__main__":
+    main()
