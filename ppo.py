@@ -10,9 +10,9 @@ critic predicts, before each token, the reward that is still to come.
 5. update       passes over mini-batches: clipped policy loss for the actor, clipped value loss for the critic
 6. log          now and then answer held-out prompts; at the end save
 
-Chosen: one temperature for sampling and for all log-probabilities; an answer ends with EOS; every loss is a
-mean over the tokens of the whole mini-batch. Left out: another tokenizer for the reward model, asynchronous
-rollouts.
+Design choices: one temperature for sampling and for all log-probabilities; an answer ends with EOS; every
+loss is a mean over the tokens of the whole mini-batch. Not included: another tokenizer for the reward model,
+asynchronous rollouts.
 
     deepspeed ppo.py --actor runs/sft --reward runs/rm --data prompts.jsonl --out runs/ppo
     deepspeed ppo.py                                                          # the toy: flags of toy/ppo.args
@@ -68,14 +68,14 @@ def get_args():
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers only")
     add = flags.group("rollout and reward")
     add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
-    add("--temperature", type=number(0.001), default=1.0, help="of sampling and of all log-probabilities")
+    add("--temperature", type=number(low=0.001), default=1.0, help="of sampling and of all log-probabilities")
     add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of KL to the reference costs")
-    add("--kl-target", type=number(0.001),
+    add("--kl-target", type=number(low=0.001),
         help="nats per answer that beta is steered towards (arXiv 1909.08593)")
     add("--kl-gain", type=number(0), default=0.1, needs="--kl-target",
         help="speed of the steering: a step changes beta by at most the fraction 0.2 x this")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
-        help="source of the scores' mean and std: reward_stats.json, the reference's answers, or none")
+        help="stats: by reward_stats.json; rollout: as measured on the reference's answers; none: raw scores")
     add("--norm-prompts", type=positive, default=256, needs="--reward-norm rollout",
         help="prompts that --reward-norm rollout answers")
     add("--score-clip", type=number(0), default=5.0, help="normalised scores are clamped to +- this")
@@ -93,7 +93,7 @@ def get_args():
     add("--ptx-coef", type=number(0), default=27.8, needs="--ptx-data", help="weight of that loss")
     add("--save-critic", action="store_true", help="write the critic too, to OUT/critic")
     add("--ema", type=number(0, 1), nargs="?", const=0.992,
-        help="keep a moving average of the actor, in OUT/ema")
+        help="decay of a moving average of the actor, which is kept in OUT/ema")
     add = flags.group("training")
     add("--epochs", type=positive, default=1, help="passes over the prompts")
     add("--steps", type=positive, help="rollouts, instead of --epochs")
@@ -105,6 +105,7 @@ def get_args():
     add_trainer_flags(flags)
     return flags.parse("actor", "reward", "data", "out")
 
+# the panels of curves.png: {title: metrics}
 CURVES = {"score (standard deviations)": ["score", "eval_score"],
           "gold (true reward of held-out answers)": ["gold"],
           "KL to the reference (nats per answer)": ["kl", "eval_kl"],
@@ -118,7 +119,8 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log p of each id (...) under logits (...,V) at the sampling temperature, in float32."""
+    """log p of ids (N,), or of any other shape, under logits (N,V) at the sampling temperature, in
+    float32."""
     logits = at_temperature(logits, temperature).flatten(0, -2)
     # cross-entropy takes one pass over the logits; gather and logsumexp would take three
     return -F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape)
@@ -135,9 +137,10 @@ def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, k
     penalty, a number or (B,). The score judges the whole answer, so it comes where the answer is whole: at
     EOS, or where it was cut."""
     rewards = -kl_coef * kl_per_token(logp, ref_logp, mask)
-    rows, last = torch.arange(len(mask), device=mask.device), mask.long().sum(1) - 1
+    rows = torch.arange(len(mask), device=mask.device)
+    last = mask.long().sum(1) - 1            # (B,), because the mask of an answer is ones, then zeros
     rewards[rows, last] += score.clamp(-clip, clip) - penalty
-    return rewards * mask                    # an answer without tokens has no last one, and gets nothing
+    return rewards * mask                    # for an answer without tokens, which rollout never makes
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: advantages A and returns A + V, both (B,R), 0 outside the mask.
@@ -161,15 +164,15 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                lam: float) -> tuple[Tensor, Tensor]:
-    """What the policy is trained on, and what the critic is trained on: whitened advantages and returns, both
-    (B,R). Another baseline than the critic goes here."""
+    """What the policy is trained on, the advantages, whitened; and what the critic is trained on, the
+    returns, not whitened; both (B,R). Another baseline than the critic goes here."""
     adv, returns = gae(rewards, values, mask, gamma, lam)
     return whiten(adv, mask), returns
 
 def policy_loss(new_logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float,
                 total: float | Tensor | None = None) -> Tensor:
     """PPO's clipped loss (equation 7): the sum over the tokens (B,R) divided by total, by default their
-    number."""
+    number. The loop of main passes another total, and says why."""
     ratio = ((new_logp - old_logp) * mask).exp()         # masked first: exp(0) in the padding, never inf * 0
     losses = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
@@ -206,8 +209,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - errors.var(correction=0) / targets.var(correction=0).clamp(min=1e-8))
 
 class Measures:
-    """Named numbers of each micro-batch. Each is a sum over tokens divided by `total`, as the losses are, so
-    its mean over micro-batches and ranks is the mean over the tokens of whole mini-batches."""
+    """Named numbers of each micro-batch. Each is a sum over tokens divided by the total of its loss, so its
+    mean over micro-batches and ranks is the mean over the tokens of whole mini-batches."""
     def __init__(self):
         self.numbers = defaultdict(list)
 
@@ -223,37 +226,37 @@ class Measures:
 @dataclass
 class Role:
     """A network and the adapter that makes it play this role; None is the network without an adapter."""
-    model: Llama | RewardModel
+    network: Llama | RewardModel
     adapter: str | None = None
 
     def activate(self) -> Llama | RewardModel:
         """Switches the network to this role. Other roles may share it, so never between a forward and its
         backward."""
-        use_adapter(self.model, self.adapter)
-        return self.model
+        use_adapter(self.network, self.adapter)
+        return self.network
 
     def weights(self) -> dict[str, nn.Parameter]:
         """What training this role changes: its adapter (and score head), or all weights."""
-        return {name: p for name, p in self.model.named_parameters()
-                if self.adapter is None or name == "score.weight"
-                or ".lora_" in name and name.endswith(f".{self.adapter}.weight")}
+        mine = f".{self.adapter}.weight"     # as in layers.0.self_attn.q_proj.lora_A.actor.weight
+        return {name: p for name, p in self.network.named_parameters()
+                if self.adapter is None or name == "score.weight" or ".lora_" in name and name.endswith(mine)}
 
 def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
     """The four roles, on as few networks as possible. The left half is for --actor's folder, the right half
     for --reward's:
 
-    folder           actor is trained on        reference          critic is trained on       reward model
-    adapter          a copy of the adapter      the adapter        a copy of the adapter      the adapter
-    full, LoRA       a new adapter              no adapter         a new adapter              no adapter
-    full, no LoRA    all weights                a second network   all weights                a second network
+    folder              actor is trained on       reference         critic is trained on      reward model
+    an adapter          a copy of the adapter     the adapter       a copy of the adapter     the adapter
+    full, --lora-rank   a new adapter             no adapter        a new adapter             no adapter
+    full                all weights               a second network  all weights               a second network
 
-    A reward adapter on the base of an actor that has an adapter shares that network. At first the
-    critic predicts raw scores; it takes some steps to learn the normalised scale."""
-    full, adapter = resolve(args.actor, args.base)
-    reward_full, reward_adapter = resolve(args.reward, args.reward_base)
+    If the actor has an adapter and --reward is an adapter on the same base, all four roles share one network.
+    At first the critic predicts raw scores; it takes some steps to learn the normalised scale."""
+    base, adapter = resolve(args.actor, args.base)
+    reward_base, reward_adapter = resolve(args.reward, args.reward_base)
     lora = args.lora_rank, args.lora_alpha, args.lora_targets
 
-    actor = Llama.from_pretrained(full, dtype, device)
+    actor = Llama.from_pretrained(base, dtype, device)
     if adapter:
         load_adapter(actor, adapter, "ref")
         load_adapter(actor, adapter, "actor")
@@ -262,10 +265,10 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(actor, *lora, name="actor")
         roles = {"actor": Role(actor, "actor"), "ref": Role(actor)}
     else:
-        roles = {"actor": Role(actor), "ref": Role(Llama.from_pretrained(full, dtype, device))}
+        roles = {"actor": Role(actor), "ref": Role(Llama.from_pretrained(base, dtype, device))}
 
-    shared = actor.model if roles["actor"].adapter and reward_adapter and reward_full == full else None
-    reward = load_reward_model(args.reward, dtype, device, args.reward_base, "reward", shared)
+    shared = actor.model if roles["actor"].adapter and reward_adapter and reward_base == base else None
+    reward = load_reward_model(args.reward, dtype, device, args.reward_base, name="reward", share=shared)
     if reward_adapter:
         critic = RewardModel(reward.config, reward.model)          # one transformer, two score heads
         load_adapter(critic, reward_adapter, "critic")
@@ -278,7 +281,7 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
     else:
         roles |= {"critic": Role(load_reward_model(args.reward, dtype, device)), "reward": Role(reward)}
 
-    n = len({id(role.model.model) for role in roles.values()})
+    n = len({id(role.network.model) for role in roles.values()})
     adapters = ", ".join(role.adapter for role in roles.values() if role.adapter) or "none"
     say(f"four roles on {n} network{'s' * (n > 1)} in memory; adapters: {adapters}")
     return roles
@@ -289,8 +292,8 @@ def trained_weights(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter]
     trained = {name: roles[name].weights() for name in ("actor", "critic")}
     kept = {id(p) for weights in trained.values() for p in weights.values()}
     for role in roles.values():
-        role.model.eval()
-        for p in role.model.parameters():
+        role.network.eval()
+        for p in role.network.parameters():
             p.requires_grad_(id(p) in kept)
     return trained
 
@@ -305,9 +308,9 @@ class Rollout:
     start: int
     ended: Tensor                            # (B,) whether the answer has an EOS
     raw_score: Tensor                        # (B,) as it comes from the reward model
-    old_logp: Tensor                         # (B,R), like the rest: of the actor that sampled the answers
-    ref_logp: Tensor                         # of the reference
-    values: Tensor                           # of the critic, before each token of the response
+    old_logp: Tensor                         # (B,R), as all below: log p under the actor that sampled
+    ref_logp: Tensor                         # log p under the reference
+    values: Tensor                           # the critic's, before each token of the response
     adv: Tensor | None = None                # advantages
     returns: Tensor | None = None
 
@@ -330,13 +333,14 @@ class Rollout:
         return kl_per_token(self.old_logp, self.ref_logp, self.response_mask).sum(1)
 
     def of_all_ranks(self, n: int) -> "Rollout":
-        """All ranks' rows, in the order of the ranks, cut to the first n."""
+        """All ranks' rows, in the order of the ranks; the n real ones, because fillers come last."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **{name: gather(x)[:n] for name, x in tensors.items()})
 
 def answer_logps(model, mb: Rollout, temperature: float, n_words: int) -> tuple[Tensor, Tensor]:
-    """log p (B,R) of the responses, 0 outside the mask, and the logits (N,n_words) of the N response tokens.
-    model: the language model, or the DeepSpeed engine around it. Ids from n_words on are never sampled."""
+    """log p (B,R) of the responses of a micro-batch, 0 outside the mask, and the logits (N,n_words) of the N
+    response tokens. model: the language model, or the DeepSpeed engine around it. n_words: the tokenizer's
+    size; larger ids are never sampled."""
     predicts = F.pad(mb.response_mask, (mb.start - 1, 1))          # (B,T): column t predicts token t + 1
     logits = model(mb.ids, mb.mask, at=predicts)[:, :n_words]      # (N,n_words), row by row
     logps = token_logps(logits, mb.ids[:, mb.start:][mb.response_mask], temperature)    # (N,), as the logits
@@ -348,8 +352,9 @@ def response_values(model, mb: Rollout) -> Tensor:
     return model(mb.ids, mb.mask)[:, mb.start - 1:-1]
 
 def score_answers(roles: dict[str, Role], mb: Rollout, tokenizer: Tokenizer) -> Tensor:
-    """The raw score (B,) of each answer, from the reward model. A rule in its place goes here (and wants
-    --reward-norm none); answer i is tokenizer.decode(mb.ids[i, mb.start:][mb.response_mask[i]].tolist())."""
+    """The raw score (B,) of each answer, from the reward model. To score by a rule instead, change this
+    function, in which answer i is tokenizer.decode(mb.ids[i, mb.start:][mb.response_mask[i]].tolist()), and
+    pass --reward-norm none."""
     return last_scores(roles["reward"].activate()(mb.ids, mb.mask), mb.mask)
 
 def normalise(score: Tensor, stats: dict[str, float]) -> Tensor:
@@ -363,7 +368,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     Each rank does a share of the rows, all ranks get the whole. uniforms (n,max_new) are the random numbers
     of each row, so an answer depends neither on the other rows nor on the number of ranks, up to rounding.
     watch wraps the loops over tokens and micro-batches, so that a signal can stop them; iter does nothing."""
-    ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].model.lm_head.weight.device)
+    ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].network.lm_head.weight.device)
     response, response_mask = roles["actor"].activate().generate(
         ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_id, uniforms=uniforms,
         together=args.zero_stage == 3, watch=watch)
@@ -376,7 +381,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     for rows in watch(mine.mask.sum(1).argsort().split(args.micro_batch)):     # like lengths: little padding
         mb = mine.select(rows)
         columns = slice(mb.response_mask.shape[1])
-        for name, logp in (("actor", mine.old_logp), ("ref", mine.ref_logp)):
+        for name, logp in (("actor", mine.old_logp), ("ref", mine.ref_logp)):          # filled in place
             model = roles[name].activate()
             logp[rows, columns] = answer_logps(model, mb, args.temperature, tokenizer.vocab_size)[0]
         values = response_values(roles["critic"].activate(), mb)
@@ -387,7 +392,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
 def my_share(prompts: list[list[int]], uniforms: Tensor,
              device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's rows of ids, mask (B,P) and uniforms (B,max_new). All ranks get equally many, because they
-    wait for each other: copies of the first prompt fill up the last rank, and their answers are dropped."""
+    wait for each other: copies of the first prompt fill up the last ranks, and their answers are dropped."""
     rank, world = dist.get_rank(), dist.get_world_size()
     fillers = -len(prompts) % world
     ids, mask = collate_prompts(prompts + prompts[:1] * fillers)   # padded together, so P is one on all ranks
@@ -401,11 +406,11 @@ def pad_to_longest(x: Tensor) -> Tensor:
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return F.pad(x, (0, int(longest) - x.shape[1]))
 
-HELD_OUT, NORM = 0, -1                       # "steps" of held-out answers and of --reward-norm rollout
-
 def random_numbers(seed: int, step: int) -> torch.Generator:
     """A generator that depends on the seed and the step alone, so it is the same on every rank."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+HELD_OUT, NORM = 0, -1                       # stand for the step, where answers belong to none
 
 # ------------------------------------------------------------ 3. rewards
 def token_rewards(batch: Rollout, score: Tensor, beta: float, args: Namespace) -> Tensor:
@@ -430,9 +435,9 @@ def my_micro_batches(batch: Rollout, rows: Tensor, micro_batch: int) -> list[Rol
 
 def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
                  n_words: int, measures: Measures, is_first: bool, texts: list):
-    """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part. total: what
-    the loss of a micro-batch is divided by (main says why). texts: rows of the pre-training mix, of all
-    ranks, whose loss is added (InstructGPT's PPO-ptx)."""
+    """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part: the engine
+    updates after the last of them. total: what the loss of a micro-batch is divided by (main says why).
+    texts: as many rows of the pre-training mix, whose loss is added (InstructGPT's PPO-ptx)."""
     role.activate()                          # and no other role until the last backward pass is done
     world = dist.get_world_size()
     text_micros = micro_batches(texts, dist.get_rank(), world, args.micro_batch)
@@ -518,11 +523,11 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
             weights[name].data.copy_(mean)
         save_model(model, *where)
 
-    save_whole(actor.model, out, save_model, tokenizer_folder, base, actor.adapter)
+    save_whole(actor.network, out, save_model, tokenizer_folder, base, actor.adapter)
     if args.save_critic:
-        save_whole(critic.model, out / "critic", save_model, tokenizer_folder, reward_base, critic.adapter)
+        save_whole(critic.network, out / "critic", save_model, tokenizer_folder, reward_base, critic.adapter)
     if average:
-        save_whole(actor.model, out / "ema", save_average, tokenizer_folder, base, actor.adapter)
+        save_whole(actor.network, out / "ema", save_average, tokenizer_folder, base, actor.adapter)
 
 # (metric, test, usual cause and the flag to turn)
 WARNINGS = [
@@ -586,10 +591,10 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
                        f"base")
     tally = Counter()
-    # if --eval-share holds conversations of --data out, the same ones are left out here
-    mix, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
+    # what --eval-share holds out of --data is left out here too
+    records, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
                           eval_share=0 if args.eval_data else args.eval_share, tally=tally)
-    texts = [row for record in mix if (row := encode_sft(tokenizer, record, longest, tally))]
+    texts = [row for record in records if (row := encode_sft(tokenizer, record, longest, tally))]
     if args.ptx_data and len(texts) < args.mini_batch:
         raise BadInput(f"--ptx-data: {len(texts)} usable rows, fewer than one mini-batch of "
                        f"{args.mini_batch}")
@@ -614,7 +619,8 @@ def read_stats(args: Namespace) -> dict[str, float] | None:
 
 def measure_stats(roles: dict[str, Role], prompts: list[list[int]], args: Namespace,
                   tokenizer: Tokenizer) -> dict[str, float]:
-    """Mean and standard deviation of the scores of the reference's own answers (--reward-norm rollout)."""
+    """Mean and standard deviation of the scores of the reference's answers (--reward-norm rollout): the
+    actor's, which is the reference before step 1."""
     prompts, watch = prompts[:args.norm_prompts], partial(stoppable, label="answers, for their scores")
     uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, NORM))
     parts = [slice(at, at + args.rollout_batch) for at in range(0, len(prompts), args.rollout_batch)]
@@ -631,16 +637,17 @@ def main():
     with fail_together():
         roles = build_roles(args, dtype, device)
     tokenizer, train = inputs.tokenizer, inputs.train
-    actor, critic = roles["actor"].model, roles["critic"].model
+    actor, critic = roles["actor"].network, roles["critic"].network
+    # these configs have the tokenizer's BOS and EOS
     actor.config, critic.config, actor.n_words = inputs.config, inputs.reward_config, tokenizer.vocab_size
     actor.model.checkpointing = critic.model.checkpointing = args.checkpointing
     trained, lengths = trained_weights(roles), [len(prompt) for prompt in train]
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
     state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from
-    for role, weights in trained.items():
+    for role, weights in trained.items():    # a resumed run reads what it tracks
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
-    engines = {role: make_engine(args, roles[role].model, [*trained[role].values()], lr, steps * updates,
+    engines = {role: make_engine(args, roles[role].network, [*trained[role].values()], lr, steps * updates,
                                  inputs.accumulation, dtype)
                for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr))}
     state.track_engines(**engines)
@@ -661,11 +668,10 @@ def main():
     if state.evaluation_due:
         evaluate(state.step)
     for step, epoch, row_numbers in stream(lengths, args.rollout_batch, args.seed, state.step, steps):
-        # 1. rollout: one global batch in a fixed order, its random numbers drawn from (seed, step) alone
+        # 1. rollout: one global batch, its random numbers drawn from (seed, step) alone
         rng = random_numbers(args.seed, step)
         uniforms = torch.rand(args.rollout_batch, args.max_new, generator=rng)
         batch = rollout(roles, [train[i] for i in row_numbers], uniforms, args, tokenizer)
-        mask = batch.response_mask                                                      # (B,R)
 
         # 2. score: the reward model's, in standard deviations
         score = normalise(batch.raw_score, stats)                                       # (B,)
@@ -674,7 +680,8 @@ def main():
         rewards = token_rewards(batch, score, beta, args)                               # (B,R)
 
         # 4. advantages: of the whole batch, on every rank alike
-        batch.adv, batch.returns = advantages(rewards, batch.values, mask, args.gamma, args.lam)
+        batch.adv, batch.returns = advantages(rewards, batch.values, batch.response_mask,
+                                              args.gamma, args.lam)
 
         # 5. update: each rank trains its share of every mini-batch
         measures, lr = Measures(), engines["actor"].get_lr()[0]
@@ -682,10 +689,11 @@ def main():
             order = torch.randperm(args.rollout_batch, generator=rng)
             for n, rows in enumerate(order.split(args.mini_batch)):
                 my_micros = my_micro_batches(batch, rows, args.micro_batch)
-                # DeepSpeed takes the mean over the micro-batches of all ranks. Dividing each by their mean
-                # number of tokens makes that mean the sum of all losses / the number of all tokens.
-                total = mask[rows].sum() / (world * len(my_micros))
-                texts = [inputs.texts[i] for i in next(mix)[-1]] if inputs.texts else []
+                # DeepSpeed takes the mean over the micro-batches of all ranks. Each is divided by the mean
+                # number of tokens of a micro-batch, so this mean is all losses / all tokens.
+                total = batch.response_mask[rows].sum() / (world * len(my_micros))
+                _, _, text_rows = next(mix) if inputs.texts else (0, 0, [])
+                texts = [inputs.texts[i] for i in text_rows]
                 update_actor(roles["actor"], engines["actor"], my_micros, total, args, tokenizer.vocab_size,
                              measures, is_first=(ppo_epoch, n) == (0, 0), texts=texts)
                 update_critic(roles["critic"], engines["critic"], my_micros, total, args, measures)
@@ -693,7 +701,7 @@ def main():
 
         # 6. log, now and then answer held-out prompts
         metrics = {**summary(batch, score), **measures.means(), "beta": beta, "lr": lr,
-                   "explained_var": explained_variance(batch.values, batch.returns, mask)}
+                   "explained_var": explained_variance(batch.values, batch.returns, batch.response_mask)}
         log.step(int(batch.mask.sum()), epoch=epoch, **metrics, **engine_metrics(engines["actor"]))
         warn(log, metrics, score.clamp(-args.score_clip, args.score_clip))
         if args.kl_target:

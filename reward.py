@@ -1,4 +1,4 @@
-"""Step 2: the reward model. A LLaMA that learns from pairs of answers which of the two people prefer.
+"""Step 2: the reward model. From pairs of answers, a LLaMA learns which answer people prefer.
 
 1. read the preference pairs, keep this phase's share, hold some conversations out
 2. load a language model; a score head (C -> 1) takes the place of its vocabulary head
@@ -136,7 +136,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, mask: Tensor | None = None,
     """-log sigmoid(chosen - rejected) (Bradley & Terry), summed over the pairs and divided by total, by
     default their number. Of scores (B,) it is taken once per pair; of scores (B,T) it is each pair's mean
     over mask (B,T)."""
-    loss = -F.logsigmoid(chosen.float() - rejected.float())        # log(sigmoid(x)) would overflow
+    loss = -F.logsigmoid(chosen.float() - rejected.float())        # log(sigmoid(x)) would be -inf
     if loss.ndim == 2:
         mask = torch.ones_like(loss) if mask is None else mask
         loss = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -178,7 +178,7 @@ def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
 
-    # 1. the pairs. All that can be wrong is checked before any weights load, by all ranks together
+    # 1. the pairs; what can be checked is checked before any weights load, by all ranks together
     with fail_together():
         accumulation = accumulation_steps(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)

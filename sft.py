@@ -88,7 +88,7 @@ def main():
     args = get_args()
     rank, world, device, dtype = setup(args)
 
-    # 1. the demonstrations. All that can be wrong is checked before any weights load, by all ranks together
+    # 1. the demonstrations; what can be checked is checked before any weights load, by all ranks together
     with fail_together():
         accumulation = accumulation_steps(args, "--batch", args.batch, world)
         full, adapter = resolve(args.model, args.base)

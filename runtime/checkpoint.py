@@ -33,7 +33,7 @@ from runtime.log import Log
 from runtime.ranks import fail_together, finish, from_all, max_over_ranks, say
 from runtime.speed import give_back_memory, keep_memory
 
-# Entries of args.json that may change between a run and its --resume: the data and the losses stay the same.
+# Entries of args.json that may change between a run and its --resume: they change no step.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank",
               "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished",
               "inputs_modified", "data_sizes"}
@@ -102,7 +102,7 @@ class Run:
             self.begin()
 
     def begin(self):
-        """Makes --out, and takes away what another run left in it."""
+        """Makes --out, and takes away another run's records and adapter config."""
         with fail_together(), writing(self.out, flag="--out "):
             if self.rank == 0:
                 self.out.mkdir(parents=True, exist_ok=True)

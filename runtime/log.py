@@ -112,8 +112,7 @@ class Log:
         gc.collect()                         # figures are reference cycles; collect them now or they pile up
 
     def close(self):
-        """The last act of a run, when the model is saved: nothing that goes wrong with the picture matters
-        then."""
+        """The last act of a run. A full disk or a missing matplotlib costs the picture, not the run."""
         self.bar.close()
         if self.file:
             self.file.close()

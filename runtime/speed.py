@@ -29,9 +29,9 @@ class CapturedStep:
     """A decoding step as a CUDA graph. One step is about a thousand kernels, and Python takes longer to start
     them than the GPU takes to run them; a graph starts all of them in one call.
 
-    All shapes in a graph are fixed. So attention always reads a whole number of blocks of the cache's
-    columns, and the mask hides those that are not filled yet. When the columns are full, a wider graph is
-    captured."""
+    All shapes in a graph are fixed. So attention always reads whole blocks of the cache's columns, as far as
+    there are any, and causality hides those that are not filled yet. When the columns are full, a wider graph
+    is captured."""
 
     def __init__(self, step: Callable[..., Tensor], stream: torch.cuda.Stream, block: int = 256):
         self.step, self.stream, self.block, self.cache = step, stream, block, None

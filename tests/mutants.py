@@ -136,13 +136,13 @@ FAULTS = [
     ppo('response_values(roles["critic"]', 'response_values(roles["reward"]'),
     ppo('last_scores(roles["reward"]', 'last_scores(roles["critic"]'),
     ppo('"ref": Role(actor, "ref")', '"ref": Role(actor, "actor")'),
-    ppo('Role(Llama.from_pretrained(full, dtype, device))', 'Role(actor)'),
+    ppo('Role(Llama.from_pretrained(base, dtype, device))', 'Role(actor)'),
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "critic.score = reward.score"),
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "pass"),
-    ppo("and reward_adapter and reward_full == full", "and reward_adapter"),
+    ppo("and reward_adapter and reward_base == base", "and reward_adapter"),
     ppo('self.adapter is None or name == "score.weight"', "self.adapter is None"),
     ppo("role.activate()\n    for mb in my_micros", "for mb in my_micros"),
-    ppo("role.model.eval()", "role.model.train()"),
+    ppo("role.network.eval()", "role.network.train()"),
 
     # ranks: each has its share, and what fills up is not counted
     data("mine = rows[rank::world]", "mine = rows[rank:]"),

@@ -368,7 +368,7 @@ def outputs(roles):
 
 def storages(roles):
     """data_ptr -> number of entries of the distinct parameters of all roles."""
-    return {p.data_ptr(): p.numel() for role in roles.values() for p in role.model.parameters()}
+    return {p.data_ptr(): p.numel() for role in roles.values() for p in role.network.parameters()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -376,7 +376,7 @@ def test_roles_share_networks_where_they_can(case, roles_of):
     actor, reward, flags, networks, adapters = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
     assert tuple(roles) == ROLES and tuple(role.adapter for role in roles.values()) == adapters
-    transformers = [role.model.model for role in roles.values()]
+    transformers = [role.network.model for role in roles.values()]
     assert len({network.layers[0].mlp.up_proj.weight.data_ptr() for network in transformers}) == networks
     assert len({network.embed_tokens.weight.data_ptr() for network in transformers}) == networks
 
@@ -389,9 +389,9 @@ def test_four_roles_on_one_base_take_the_memory_of_about_one(case, roles_of, bas
     in_memory = storages(roles)
     for name, parameter in Llama.from_pretrained(base).named_parameters():
         for role in roles.values():
-            if hasattr(role.model, "lm_head") or name != "lm_head.weight":
-                shared = role.model.get_parameter(name)
-                assert shared.data_ptr() == roles["actor"].model.get_parameter(name).data_ptr()
+            if hasattr(role.network, "lm_head") or name != "lm_head.weight":
+                shared = role.network.get_parameter(name)
+                assert shared.data_ptr() == roles["actor"].network.get_parameter(name).data_ptr()
                 assert torch.equal(shared, parameter)
     assert one < sum(in_memory.values()) < 1.2 * one
 
@@ -430,14 +430,15 @@ def test_only_adapters_or_all_weights_and_the_critics_score_are_trained(case, ro
     trained = trained_weights(roles)
     for role, name in zip(ROLES, adapters, strict=True):
         if role in trained:
-            model = roles[role].model
+            model = roles[role].network
             expected = {path: id(p) for path, p in model.named_parameters()
                         if name is None or path.endswith(f".{name}.weight") or path == "score.weight"}
             assert expected == {path: id(p) for path, p in trained[role].items()} and expected
     kept = {id(p) for weights in trained.values() for p in weights.values()}
-    assert all(p.requires_grad == (id(p) in kept) for role in roles.values() for p in role.model.parameters())
-    assert not any(module.training for role in roles.values() for module in role.model.modules())
-    mine, theirs = roles["critic"].model.score.weight, roles["reward"].model.score.weight
+    networks = [role.network for role in roles.values()]
+    assert all(p.requires_grad == (id(p) in kept) for network in networks for p in network.parameters())
+    assert not any(module.training for role in roles.values() for module in role.network.modules())
+    mine, theirs = roles["critic"].network.score.weight, roles["reward"].network.score.weight
     assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
     assert mine.requires_grad and not theirs.requires_grad
 
@@ -489,7 +490,7 @@ def rolled(roles_of, tokenizer, prompts):
         trained = trained_weights(roles)
         for parameter in (p for weights in trained.values() for p in weights.values() if moved):
             parameter.data += 0.02 * some(*parameter.shape)
-        roles["actor"].model.n_words = tokenizer.vocab_size
+        roles["actor"].network.n_words = tokenizer.vocab_size
         uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))
         uniforms[::2] *= 0.02
         return roles, args, uniforms, rollout(roles, prompts, uniforms, args, tokenizer)
@@ -739,7 +740,7 @@ def test_a_rollout_of_several_ranks_is_that_of_one_with_its_rows_in_order(
     _, args = roles_of("full", "reward", "--micro-batch", "3", "--max-new", NEW)
     args.actor, args.reward = str(talkers / "talker"), str(talkers / "full-reward")
     roles = build_roles(args, torch.float32, "cpu")
-    roles["actor"].model.n_words = tokenizer.vocab_size
+    roles["actor"].network.n_words = tokenizer.vocab_size
     uniforms = torch.rand(N, NEW, generator=random_numbers(0, 0))  # 7 prompts: they do not divide by ranks
     uniforms[:4] = 1e-9                      # these rows answer with EOS alone: some ranks have short answers
     expected = rollout(roles, prompts, uniforms, args, tokenizer)
@@ -781,7 +782,7 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
     flags = "--temperature 0.8 --ptx-data x --ptx-coef 0.7 --clip 0.02 --value-clip 0.005 --micro-batch"
     roles, args = roles_of("adapter", "reward-adapter", *flags.split(), micro)
     trained_weights(roles)
-    roles["actor"].model.n_words = tokenizer.vocab_size
+    roles["actor"].network.n_words = tokenizer.vocab_size
     batch = made_up([3, 5, 2, 4, 1, 3, 2, 6], [4, 1, 2, 6, 3, 5, 2, 1])
     batch.ids = batch.ids * 7 % 300
     mask, rows, whole = batch.response_mask, torch.randperm(8), batch.select(list(range(8)))
@@ -793,11 +794,11 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
     def update(rank):
         mine = build_roles(args, torch.float32, "cpu")
         trained = trained_weights(mine)
-        mine["actor"].model.n_words = tokenizer.vocab_size
+        mine["actor"].network.n_words = tokenizer.vocab_size
         measures = Measures()
         my_micros = my_micro_batches(batch, rows, micro)
         total = mask[rows].sum() / (world * len(my_micros))
-        engines = [PlainEngine(args, mine[role].model, [*weights.values()], 0.0, 1, len(my_micros), None)
+        engines = [PlainEngine(args, mine[role].network, [*weights.values()], 0.0, 1, len(my_micros), None)
                    for role, weights in trained.items()]
         update_actor(mine["actor"], engines[0], my_micros, total, args, tokenizer.vocab_size, measures,
                      is_first=True, texts=texts)
@@ -813,7 +814,7 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
     expected["first_ratio"] = expected.pop("ratio")
     assert 0.1 < moved["clip_frac"] < 0.9
     if texts:
-        expected["ptx_loss"] = rows_loss(roles["actor"].model, texts, n_labels(texts), "cpu")
+        expected["ptx_loss"] = rows_loss(roles["actor"].network, texts, n_labels(texts), "cpu")
         loss = loss + 0.7 * expected["ptx_loss"]
     actor_gradient = gradient_of(loss, trained["actor"])
     values = response_values(roles["critic"].activate(), whole)
