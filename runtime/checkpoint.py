@@ -35,8 +35,8 @@ from runtime.speed import give_back_memory, keep_memory
 
 # Entries of args.json that may change between a run and its --resume: they change no step.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank",
-              "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished",
-              "inputs_modified", "data_sizes"}
+              "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished", "data_sizes",
+              "inputs_modified"}             # the last is of older runs
 MINUTES = 15                                 # between checkpoints, where --save-every is not given
 SKIPPED = 5                                  # updates in a row whose gradient is not finite end the run
 
@@ -94,8 +94,7 @@ class Run:
         self.flags = as_json({
             **given, "script": Path(sys.argv[0]).stem, "world_size": self.world,
             "versions": {name: sys.modules[name].__version__ for name in ("torch", "deepspeed")},
-            "rows": len(lengths), "tokens": sum(lengths), "data_sizes": data_sizes(args.data),
-            "inputs_modified": newest_input(args)})
+            "rows": len(lengths), "tokens": sum(lengths), "data_sizes": data_sizes(args.data)})
         if args.resume:
             self.find_checkpoint()
         if not self.step:
@@ -150,7 +149,7 @@ class Run:
         self.extra, self.evaluation_due = kept["own"], kept.get("evaluation_due", False)
         changed = self.changed_flags(kept["flags"])
         self.same_ranks = not only_rank_0 and not {"world_size", "zero_stage"} & changed.keys()
-        unnamed = ("out", "overwrite", "resume", "data_sizes")
+        unnamed = ("out", "overwrite", "resume", "data_sizes", "inputs_modified")
         named = [text for name, text in changed.items() if name not in unnamed]
         say(f"resuming {self.out} after step {self.step}"
             + (f"; changed: {', '.join(named)}" if named else "")
@@ -362,11 +361,3 @@ class Run:
 def as_json(values: dict) -> dict:
     """The dictionary as it will be when it is read from a JSON file."""
     return json.loads(json.dumps(values))
-
-def newest_input(args: Namespace) -> int:
-    """When the newest of the files that a run reads was modified, in whole seconds."""
-    files = [*args.data, *(args.eval_data or []), *(getattr(args, "ptx_data", None) or [])]
-    for name in ("model", "actor", "reward"):
-        if folder := getattr(args, name, None):
-            files += [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
-    return max(int(Path(file).stat().st_mtime) for file in files)
