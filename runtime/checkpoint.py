@@ -35,8 +35,8 @@ from runtime.speed import give_back_memory, keep_memory
 
 # Entries of args.json that may change between a run and its --resume: they change no step.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank",
-              "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished", "data_sizes",
-              "inputs_modified"}             # the last is of older runs
+              "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished",
+              "data_sizes", "inputs_modified"}         # older runs have the last one
 MINUTES = 15                                 # between checkpoints, where --save-every is not given
 SKIPPED = 5                                  # updates in a row whose gradient is not finite end the run
 
