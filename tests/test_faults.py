@@ -193,7 +193,7 @@ def test_a_signal_to_one_rank_stops_both_and_saves(job, command, uninterrupted, 
     assert_same(out, uninterrupted(job, 2))
 
 
-# Sends the last rank a signal before the second item of the evaluation after a step.
+# Sends the last rank a signal before the first item of the evaluation after a step.
 IN_EVALUATION = """
 import signal, runtime.checkpoint
 stoppable, evaluation = {script}.stoppable, runtime.checkpoint.Run.evaluation
@@ -203,7 +203,7 @@ def noted(state, step, log):
 def told_to_stop(items, label):
     for n, item in enumerate(stoppable(items, label)):
         last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        if n == 1 and runtime.checkpoint.step_now == {at} and last_rank:
+        if n == 0 and runtime.checkpoint.step_now == {at} and last_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         assert n < 3 or runtime.checkpoint.step_now != {at}, "the evaluation goes on"
         yield item
