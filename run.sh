@@ -47,7 +47,7 @@ demo() {  # the whole recipe
     tell "The recipe of RLHF on a tiny world. Steps 0 to 5 take about five minutes on two
 CPU cores.
 
-Step 0: the world and the base model (about half a minute, and only once)
+Step 0: the world and the base model (a minute and a half, and only once)
 RLHF starts from a base model: a language model that has read much text. This
 step makes a small world of facts, such as the capital of France, and trains a
 tiny LLaMA on texts about it. The step also writes the data of steps 1 to 3."
@@ -67,7 +67,7 @@ score, so that the better answer scores higher. Measured: in how many held-out
 pairs the answer that is labelled better has the higher score."
     train reward
 
-    tell "Step 3: reinforcement learning with PPO (about a minute)
+    tell "Step 3: reinforcement learning with PPO (a minute and a half)
 The SFT model answers questions, the reward model scores the answers, and PPO
 makes answers with a high score more likely. A penalty, the KL term, keeps the
 model near the SFT model. Measured on held-out questions: the score, how far
