@@ -313,7 +313,7 @@ def test_the_moving_average_lies_between_the_first_actor_and_the_last(job, train
     first, last, average = (weights(folder) for folder in folders)
     way = [float((average[k] - first[k]).norm() / (last[k] - first[k]).norm()) for k in last
            if ".lora_A" in k or ".mlp" in k]
-    # if the first of the 8 updates went all the way, the average would be at 1 - 0.9^8 = 0.57 of it
+    # were all of the way the first of the 8 updates, the share would be 1 - 0.9^8 = 0.57
     assert way and all(0.05 < share < 0.6 for share in way)
 
 
