@@ -369,7 +369,8 @@ def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None
         records += split_records(of_file, split, phase, seed) if split and are_pairs(of_file) else of_file
     if eval_files:
         return records, [record for file in eval_files for record in read_records(file, tally)]
-    # with another seed than the split's: else all held-out questions would come from one end of a phase
+    # Another seed than the split's: with the same one, the held-out questions would be those with the highest
+    # hashes. All of these lie in the last phase, and the other phases would have none.
     sides, other_seed = (1 - eval_share, eval_share), f"{seed} held out"
     return split_records(records, sides, 0, other_seed), split_records(records, sides, 1, other_seed)
 
@@ -422,8 +423,8 @@ def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenize
 # ------------------------------------------------------------ ids that fit
 def fit_prompt(tokenizer: Tokenizer, turns: Turns, room: int) -> tuple[list[int], list[str]]:
     """(ids, lost): the prompt with BOS, shortened until it fits into `room` ids, and the keys of a tally that
-    name what it lost. The oldest turns go first, and the system text goes only where it does not fit beside
-    the last question. The last question never goes; it is returned even where it does not fit."""
+    name what it lost. The oldest turns are removed first. The system text is removed only if it does not fit
+    beside the last question. The last question is never removed, even if it is too long."""
     if not turns:
         return [tokenizer.bos_id], []
     questions = [i for i, (role, _) in enumerate(turns) if role == "Human"]

@@ -125,8 +125,8 @@ def check_value(file: Path, key: str, value: object, kind: type):
 
 # ------------------------------------------------------------ the network
 class Linear(nn.Linear):
-    """nn.Linear whose weight starts at normal(0, 0.02). On meta there are no numbers to draw, and PyTorch
-    would import its compiler for the call."""
+    """nn.Linear whose weight starts at normal(0, 0.02). On the meta device, which holds no numbers, it draws
+    none: PyTorch would import its compiler for that call."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -393,13 +393,13 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
     cumulative = logits.softmax(-1).cumsum(-1)                                      # (B, V)
     # Rounding makes the last sum a little more or less than 1, so the random number is scaled by this total.
-    # It must also stay below the total: only words of probability 0 could follow. nextafter is the next
-    # number below it.
+    # It must be smaller than the total, or a word of probability 0 could be chosen. nextafter gives the next
+    # smaller number.
     total = cumulative[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # NaN logits give the id V, which no embedding has. As a valid id they lead to a NaN loss, which stops the
-    # run.
+    # NaN logits give the id V, which has no embedding. The last valid id takes its place; the loss is then
+    # NaN, and the run stops with a message that says so.
     return ids.clamp(max=logits.shape[-1] - 1)
 
 def is_eos(ids: Tensor, eos_id: int | list[int] | None) -> Tensor:

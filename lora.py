@@ -134,8 +134,8 @@ def trainable(model: nn.Module, args: Namespace) -> dict[str, nn.Parameter]:
 def refuse_second_adapter(args: Namespace, adapter: Path | None):
     """BadInput where --lora-rank asks for a new adapter and the model is an adapter folder already."""
     if args.lora_rank and adapter:
-        raise BadInput(f"--lora-rank: {adapter} is an adapter already, which is trained on; leave the flag "
-                       f"out")
+        raise BadInput(f"--lora-rank: {adapter} is an adapter already, which is trained further; leave the "
+                       f"flag out")
 
 def use_adapter(model: nn.Module, name: str | None):
     """Switches the model to the adapter of that name, or with None to the base alone. Never call it between a

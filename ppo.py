@@ -62,7 +62,7 @@ def get_args():
     add("--reward-base", help="the same for the reward model")
     add = flags.group("data")
     add("--data", nargs="+", help="files of prompts, or any others, whose prompts are taken (docs/data.md)")
-    add("--eval-prompts", type=positive, default=64, help="held-out prompts that are answered, at most")
+    add("--eval-prompts", type=positive, default=64, help="at most so many held-out prompts are answered")
     add("--max-prompt", type=positive, default=256, help="tokens of a prompt; the oldest turns are dropped")
     add("--max-new", type=positive, default=256, help="tokens of an answer")
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers only")
@@ -73,7 +73,7 @@ def get_args():
     add("--kl-target", type=number(low=0.001),
         help="nats per answer that beta is steered towards (arXiv 1909.08593)")
     add("--kl-gain", type=number(0), default=0.1, needs="--kl-target",
-        help="speed of the steering: a step changes beta by at most the fraction 0.2 x this")
+        help="speed of the steering: a step multiplies beta by a factor within 1 +- 0.2 x this")
     add("--reward-norm", default="stats", choices=["stats", "rollout", "none"],
         help="stats: by reward_stats.json; rollout: as measured on the reference's answers; none: raw scores")
     add("--norm-prompts", type=positive, default=256, needs="--reward-norm rollout",
@@ -85,7 +85,8 @@ def get_args():
     add("--gamma", type=number(0, 1), default=1.0, help="discount per token")
     add("--lam", type=number(0, 1), default=0.95, help="lambda of GAE")
     add("--clip", type=number(0), default=0.2, help="the probability ratio counts within 1 +- this")
-    add("--value-clip", type=number(0), default=0.2, help="a new value is held within this of the rollout's")
+    add("--value-clip", type=number(0), default=0.2,
+        help="a new value is held within this of the rollout's, in units of the normalised score")
     add("--ppo-epochs", type=positive, default=1, help="passes over each rollout batch")
     add("--mini-batch", type=positive, default=32, help="answers per optimiser step, over all ranks")
     add("--micro-batch", type=positive, default=4, help="answers per rank and forward pass")
@@ -127,8 +128,9 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 def kl_per_token(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """The estimate (B,R) of KL(actor || reference) at each sampled token, 0 outside the mask: the log-ratio,
-    called k1 (http://joschu.net/blog/kl-approx.html). Another estimator goes here, for rewards and logs
-    alike. As a reward, only k1 has the gradient of the KL divergence; k2 and k3 have not."""
+    called k1 (http://joschu.net/blog/kl-approx.html). Rewards and logs both call this function, so another
+    estimator is a change here. In the reward, only k1 gives the gradient of the KL divergence: k2 and k3
+    estimate the same number, but as rewards they give another gradient."""
     return (logp - ref_logp) * mask
 
 def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float, clip: float,
@@ -164,15 +166,15 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
                lam: float) -> tuple[Tensor, Tensor]:
-    """What the policy is trained on, the advantages, whitened; and what the critic is trained on, the
-    returns, not whitened; both (B,R). Another baseline than the critic goes here."""
+    """Advantages for the policy, whitened, and returns for the critic, not whitened; both (B,R). Another
+    baseline than the critic goes here."""
     adv, returns = gae(rewards, values, mask, gamma, lam)
     return whiten(adv, mask), returns
 
 def policy_loss(new_logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float,
                 total: float | Tensor | None = None) -> Tensor:
     """PPO's clipped loss (equation 7): the sum over the tokens (B,R) divided by total, by default their
-    number. The loop of main passes another total, and says why."""
+    number. main passes the mean number of tokens per micro-batch, over all ranks."""
     ratio = ((new_logp - old_logp) * mask).exp()         # masked first: exp(0) in the padding, never inf * 0
     losses = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)) * mask
     return losses.sum() / (mask.sum().clamp(min=1) if total is None else total)
@@ -210,7 +212,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 class Measures:
     """Named numbers of each micro-batch. Each is a sum over tokens divided by the total of its loss, so its
-    mean over micro-batches and ranks is the mean over the tokens of whole mini-batches."""
+    mean over the micro-batches of all ranks is the mean over the tokens of the mini-batch. Of several
+    mini-batches, the mean of their means is taken."""
     def __init__(self):
         self.numbers = defaultdict(list)
 
@@ -237,15 +240,17 @@ class Role:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """What training this role changes: its adapter (and score head), or all weights."""
-        mine = f".{self.adapter}.weight"     # as in layers.0.self_attn.q_proj.lora_A.actor.weight
-        return {name: p for name, p in self.network.named_parameters()
-                if self.adapter is None or name == "score.weight" or ".lora_" in name and name.endswith(mine)}
+        def mine(name):                      # such as layers.0.self_attn.q_proj.lora_A.actor.weight
+            return name == "score.weight" or (".lora_" in name and name.endswith(f".{self.adapter}.weight"))
+
+        named = self.network.named_parameters()
+        return {name: p for name, p in named if self.adapter is None or mine(name)}
 
 def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
     """The four roles, on as few networks as possible. The left half is for --actor's folder, the right half
     for --reward's:
 
-    folder              actor is trained on       reference         critic is trained on      reward model
+    folder              the actor trains          reference         the critic trains         reward model
     an adapter          a copy of the adapter     the adapter       a copy of the adapter     the adapter
     full, --lora-rank   a new adapter             no adapter        a new adapter             no adapter
     full                all weights               a second network  all weights               a second network
@@ -286,9 +291,9 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
     say(f"four roles on {n} network{'s' * (n > 1)} in memory; adapters: {adapters}")
     return roles
 
-def trained_weights(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter]]:
-    """{role: {name: weight}} of actor and critic; freezes everything else, and switches dropout off
-    everywhere: with dropout the first ratio would not be 1."""
+def freeze_untrained(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter]]:
+    """Freezes all weights but those that actor and critic train, which it returns as {role: {name: weight}}.
+    Switches dropout off everywhere: with dropout the first ratio would not be 1."""
     trained = {name: roles[name].weights() for name in ("actor", "critic")}
     kept = {id(p) for weights in trained.values() for p in weights.values()}
     for role in roles.values():
@@ -308,7 +313,7 @@ class Rollout:
     start: int
     ended: Tensor                            # (B,) whether the answer has an EOS
     raw_score: Tensor                        # (B,) as it comes from the reward model
-    old_logp: Tensor                         # (B,R), as all below: log p under the actor that sampled
+    old_logp: Tensor                         # (B,R), like the next four: log p under the actor that sampled
     ref_logp: Tensor                         # log p under the reference
     values: Tensor                           # the critic's, before each token of the response
     adv: Tensor | None = None                # advantages
@@ -333,7 +338,8 @@ class Rollout:
         return kl_per_token(self.old_logp, self.ref_logp, self.response_mask).sum(1)
 
     def of_all_ranks(self, n: int) -> "Rollout":
-        """All ranks' rows, in the order of the ranks; the n real ones, because fillers come last."""
+        """All ranks' rows, in the order of the ranks. Only the first n, because the fillers of my_share come
+        last."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **{name: gather(x)[:n] for name, x in tensors.items()})
 
@@ -358,7 +364,8 @@ def score_answers(roles: dict[str, Role], mb: Rollout, tokenizer: Tokenizer) -> 
     return last_scores(roles["reward"].activate()(mb.ids, mb.mask), mb.mask)
 
 def normalise(score: Tensor, stats: dict[str, float]) -> Tensor:
-    """Raw scores in standard deviations from the mean of the reward model's scores (--reward-norm)."""
+    """Raw scores in standard deviations from the mean: by default those of the scores of held-out chosen
+    answers, which reward.py has saved in reward_stats.json (--reward-norm)."""
     return (score - stats["mean"]) / stats["std"]
 
 @torch.no_grad()
@@ -410,7 +417,7 @@ def random_numbers(seed: int, step: int) -> torch.Generator:
     """A generator that depends on the seed and the step alone, so it is the same on every rank."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
-HELD_OUT, NORM = 0, -1                       # stand for the step, where answers belong to none
+HELD_OUT, NORM = 0, -1                       # in place of a step, for answers that belong to no training step
 
 # ------------------------------------------------------------ 3. rewards
 def token_rewards(batch: Rollout, score: Tensor, beta: float, args: Namespace) -> Tensor:
@@ -436,9 +443,10 @@ def my_micro_batches(batch: Rollout, rows: Tensor, micro_batch: int) -> list[Rol
 def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
                  n_words: int, measures: Measures, is_first: bool, texts: list):
     """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part: the engine
-    updates after the last of them. total: what the loss of a micro-batch is divided by (main says why).
-    texts: as many rows of the pre-training mix, whose loss is added (InstructGPT's PPO-ptx)."""
-    role.activate()                          # and no other role until the last backward pass is done
+    updates after the last of them. total: what the loss of a micro-batch is divided by, the mean number of
+    tokens per micro-batch. texts: rows of the pre-training mix, as many as the mini-batch has answers; their
+    loss is added (InstructGPT's PPO-ptx)."""
+    role.activate()                          # no other role on its network until the last backward is done
     world = dist.get_world_size()
     text_micros = micro_batches(texts, dist.get_rank(), world, args.micro_batch)
     for i, mb in enumerate(my_micros):
@@ -473,7 +481,7 @@ def start_average(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         return {name: p.detach().float().clone() for name, p in weights.items()}
 
 def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float):
-    """Moves the average towards the weights."""
+    """Moves the average towards the weights. Without --ema the average is empty, and nothing happens."""
     with gathered([weights[name] for name in average]):
         for name, mean in average.items():
             mean.lerp_(weights[name].detach().float(), 1 - decay)
@@ -487,8 +495,8 @@ def summary(batch: Rollout, score: Tensor) -> dict[str, float]:
 
 def answer_held_out(roles: dict[str, Role], prompts: list[list[int]], args: Namespace, tokenizer: Tokenizer,
                     stats: dict[str, float], gold: Callable | None) -> tuple[list[dict], dict[str, float]]:
-    """Rows for samples.jsonl, an answer to each held-out prompt, and their means; the same random numbers
-    each time."""
+    """(samples, means): a row for samples.jsonl with an answer to each held-out prompt, and the means over
+    these rows. The random numbers are the same each time."""
     uniforms = torch.rand(len(prompts), args.max_new, generator=random_numbers(args.seed, HELD_OUT))
     watch = partial(stoppable, label="held-out answers")
     batch = rollout(roles, prompts, uniforms, args, tokenizer, watch)
@@ -518,10 +526,10 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
 
-    def save_average(model, *where):         # it overwrites the weights: nothing is trained after this
-        for name, mean in average.items():
+    def save_average(model, *more):          # on rank 0 alone, which holds the weights whole (save_whole)
+        for name, mean in average.items():   # it overwrites the weights: nothing is trained after this
             weights[name].data.copy_(mean)
-        save_model(model, *where)
+        save_model(model, *more)
 
     save_whole(actor.network, out, save_model, tokenizer_folder, base, actor.adapter)
     if args.save_critic:
@@ -591,7 +599,7 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
                        f"base")
     tally = Counter()
-    # what --eval-share holds out of --data is left out here too
+    # The same hash as for --data leaves out the same questions: what is held out there is never a text here.
     records, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
                           eval_share=0 if args.eval_data else args.eval_share, tally=tally)
     texts = [row for record in records if (row := encode_sft(tokenizer, record, longest, tally))]
@@ -641,11 +649,11 @@ def main():
     # these configs have the tokenizer's BOS and EOS
     actor.config, critic.config, actor.n_words = inputs.config, inputs.reward_config, tokenizer.vocab_size
     actor.model.checkpointing = critic.model.checkpointing = args.checkpointing
-    trained, lengths = trained_weights(roles), [len(prompt) for prompt in train]
+    trained, lengths = freeze_untrained(roles), [len(prompt) for prompt in train]
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
     state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from
-    for role, weights in trained.items():    # a resumed run reads what it tracks
+    for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
     engines = {role: make_engine(args, roles[role].network, [*trained[role].values()], lr, steps * updates,
                                  inputs.accumulation, dtype)
@@ -653,6 +661,7 @@ def main():
     state.track_engines(**engines)
     average = start_average(trained["actor"]) if args.ema is not None else {}
     state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())})
+    # extra is empty in a new run. If stats is None then, the evaluation before step 1 measures it.
     stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)
     mix = stream([len(ids) for ids, _ in inputs.texts], args.mini_batch, args.seed, done=state.step * updates)
     log = Log(args, steps, rank, CURVES, state.step)
@@ -709,7 +718,7 @@ def main():
         state.extra.update(beta=beta, stats=stats)
         if step % args.eval_every == 0 or step == steps:
             evaluate(step)
-        if step < steps:
+        if step < steps:                     # no checkpoint after the last step: the models are written now
             state.end_step(step, row_numbers, log)
 
     save_models(args, roles, inputs.tokenizer_folder, average, trained["actor"])

@@ -46,7 +46,7 @@ from runtime.ranks import fail_together, run, setup, sum_over_ranks
 def get_args():
     flags = Flags("Step 2 of RLHF: the reward model, from pairs of answers.")
     add = flags.group("model")
-    add("--model", help="LLaMA folder to start from, or a reward model's folder, which is trained on")
+    add("--model", help="LLaMA folder to start from, or a reward model's folder, which is trained further")
     add("--base", help="base model of an adapter folder, if not at the path in the adapter's config")
     add = flags.group("data")
     add("--data", nargs="+", help="files of preference pairs (docs/data.md)")

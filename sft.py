@@ -31,7 +31,7 @@ from runtime.ranks import fail_together, run, setup, sum_over_ranks
 def get_args():
     flags = Flags("Step 1 of RLHF: supervised fine-tuning on responses only.")
     add = flags.group("model")
-    add("--model", help="LLaMA folder, or an adapter folder whose adapter is trained on")
+    add("--model", help="LLaMA folder, or an adapter folder, whose adapter is trained further")
     add("--base", help="base model of an adapter folder, if not at the path in the adapter's config")
     add = flags.group("data")
     add("--data", nargs="+", help="files of demonstrations, pairs or conversations (docs/data.md)")

@@ -59,7 +59,7 @@ class Ours:
     def __init__(self, args, base, lora, device, dtype):
         model = load_model(base, dtype, device)
         keep_memory()                        # as Run.track_engines does
-        self.engine = make_engine(args, model, trained(model, lora), lr=0.0, steps=100, accumulation=1,
+        self.engine = make_engine(args, model, trained(model, lora), lr=0.0, updates=100, accumulation=1,
                                   dtype=dtype)
 
     def batches(self, lengths):

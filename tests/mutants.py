@@ -140,7 +140,7 @@ FAULTS = [
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "critic.score = reward.score"),
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "pass"),
     ppo("and reward_adapter and reward_base == base", "and reward_adapter"),
-    ppo('self.adapter is None or name == "score.weight"', "self.adapter is None"),
+    ppo('return name == "score.weight" or (', "return ("),
     ppo("role.activate()\n    for mb in my_micros", "for mb in my_micros"),
     ppo("role.network.eval()", "role.network.train()"),
 

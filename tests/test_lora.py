@@ -442,7 +442,7 @@ def test_an_adapter_is_the_same_after_save_and_load(base, tmp_path, rank, alpha,
     for (path, _), (twin, new) in zip(lora_layers(model), lora_layers(again), strict=True):
         assert path == twin and new.dropout == {"default": 0.25}
     trained = [n for n, p in again.named_parameters() if p.requires_grad]
-    assert trained and all(".lora_" in n for n in trained)         # a loaded adapter is trained on
+    assert trained and all(".lora_" in n for n in trained)         # a loaded adapter is trained further
 
 
 def test_a_bfloat16_adapter_is_the_same_after_save_and_load(base, tmp_path):

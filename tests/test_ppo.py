@@ -20,6 +20,7 @@ from ppo import (
     build_roles,
     entropy,
     explained_variance,
+    freeze_untrained,
     gae,
     kl_per_token,
     my_micro_batches,
@@ -34,7 +35,6 @@ from ppo import (
     steered,
     token_logps,
     token_rewards,
-    trained_weights,
     update_actor,
     update_average,
     update_critic,
@@ -427,7 +427,7 @@ def test_a_temperature_of_zero_is_refused(roles_of):
 def test_only_adapters_or_all_weights_and_the_critics_score_are_trained(case, roles_of):
     actor, reward, flags, _, adapters = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    trained = trained_weights(roles)
+    trained = freeze_untrained(roles)
     for role, name in zip(ROLES, adapters, strict=True):
         if role in trained:
             model = roles[role].network
@@ -447,7 +447,7 @@ def test_only_adapters_or_all_weights_and_the_critics_score_are_trained(case, ro
 def test_training_moves_the_actor_and_the_critic_and_neither_of_the_frozen_roles(case, roles_of):
     actor, reward, flags, *_ = CASES[case]
     roles, _ = roles_of(actor, reward, *flags)
-    trained = trained_weights(roles)
+    trained = freeze_untrained(roles)
     with torch.no_grad():
         before = outputs(roles)
     for role, other in (("actor", "critic"), ("critic", "actor")):
@@ -487,7 +487,7 @@ def rolled(roles_of, tokenizer, prompts):
         actor, reward, flags, *_ = CASES[case]
         flags = (*flags, "--temperature", "0.8", "--micro-batch", "3", "--max-new", NEW)
         roles, args = roles_of(actor, reward, *flags)
-        trained = trained_weights(roles)
+        trained = freeze_untrained(roles)
         for parameter in (p for weights in trained.values() for p in weights.values() if moved):
             parameter.data += 0.02 * some(*parameter.shape)
         roles["actor"].network.n_words = tokenizer.vocab_size
@@ -781,7 +781,7 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
         texts, world, micro, roles_of, tokenizer, pairs_file, monkeypatch):
     flags = "--temperature 0.8 --ptx-data x --ptx-coef 0.7 --clip 0.02 --value-clip 0.005 --micro-batch"
     roles, args = roles_of("adapter", "reward-adapter", *flags.split(), micro)
-    trained_weights(roles)
+    freeze_untrained(roles)
     roles["actor"].network.n_words = tokenizer.vocab_size
     batch = made_up([3, 5, 2, 4, 1, 3, 2, 6], [4, 1, 2, 6, 3, 5, 2, 1])
     batch.ids = batch.ids * 7 % 300
@@ -793,7 +793,7 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
 
     def update(rank):
         mine = build_roles(args, torch.float32, "cpu")
-        trained = trained_weights(mine)
+        trained = freeze_untrained(mine)
         mine["actor"].network.n_words = tokenizer.vocab_size
         measures = Measures()
         my_micros = my_micro_batches(batch, rows, micro)
@@ -806,7 +806,7 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
         return [engine.gradients for engine in engines], measures.means()
 
     (actors, critics), measures = on_ranks(world, update, monkeypatch)[0]
-    trained, whole = trained_weights(roles), batch.select(list(range(8)))
+    trained, whole = freeze_untrained(roles), batch.select(list(range(8)))
     new_logp, logits = answer_logps(roles["actor"].activate(), whole, 0.8, tokenizer.vocab_size)
     loss = policy_loss(new_logp, whole.old_logp, whole.adv, mask, 0.02)
     moved = policy_measures(new_logp, whole.old_logp, mask, 0.02, mask.sum())
