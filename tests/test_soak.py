@@ -1,5 +1,6 @@
 """A long PPO run: memory, open files and throughput at its end are what they were at its beginning."""
 import statistics
+import subprocess
 import sys
 import time
 
@@ -15,6 +16,8 @@ from test_trainers import inputs, trained  # noqa: F401 (fixtures)
 def test_a_long_run_takes_no_more_memory_files_or_time_at_its_end(command, tmp_path, full):
     out, n = tmp_path / "run", 2000 if full else 60
     if full:                                 # the demo's PPO, longer; what it starts from is made if missing
+        if not (REPO / "toy" / "made").exists():
+            subprocess.run([sys.executable, "-m", "toy"], cwd=REPO, check=True)
         for script, last_file in (("sft", "model.safetensors"), ("reward", "reward_stats.json")):
             if not (REPO / "runs" / "toy" / script / last_file).exists():
                 complete(script, [])
