@@ -33,11 +33,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Record, Tokenizer, clean_turns, collate_prompts, encode_prompt, open_tokenizer
+from data import Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer
 from llama import Llama
 from lora import load_model
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import Flags, number
+from runtime.kinds import clean_turns
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
 STOP = "\n\nHuman:"                          # an answer ends where the model writes this

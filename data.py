@@ -13,22 +13,15 @@ How a padded batch looks ("_" is padding: id 0 under mask 0; b BOS, e EOS, p pro
     labels  . . . . r r e . .           column  0 1 2 3 4 5 | P ...         predict the response
             (. is -100: no loss there)
 """
-import codecs
-import gzip
 import hashlib
 import itertools
-import json
 import random
-import re
-import sys
-import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import sentencepiece
 import torch
@@ -36,17 +29,13 @@ from torch import Tensor
 
 from llama import LlamaConfig
 from lora import resolve
-from runtime.errors import BadInput
-from runtime.folders import data_sizes, read_json
+from runtime.errors import BadInput, note
+from runtime.folders import read_json
+from runtime.kinds import Turns, check_columns, read_examples
 from runtime.ranks import say
+from runtime.rows import data_files
 
-Turns = list[tuple[str, str]]                # (role, text); System (only as the first), Human or Assistant
-
-# No sound file reaches these bounds. They keep a file that is damaged, or no data, from filling the memory.
 MAX_TOKENIZER_BYTES = 2**28                  # a tokenizer.model: it may be a file of weights by mistake
-MAX_LINE_BYTES = 2**25                       # one line of JSON lines: the file may have no line ends
-MAX_ARRAY_BYTES = 2**29                      # a whole JSON array, which is parsed at once
-MAX_TEXT_CHARACTERS = 2**22                  # one text: the tokenizer takes many times its size
 
 # ------------------------------------------------------------ tokenizer
 class Tokenizer:
@@ -99,8 +88,8 @@ def open_tokenizer(path: str | Path, base: str | None = None,
                        f"--max-tokens), the model's context is {config.max_position_embeddings}")
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if (bos, eos) != (config.bos_token_id, config.eos_token_id):
-        print(f"note: {full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
-              f"tokenizer.model has {bos}, {eos}, which are used", file=sys.stderr)
+        note(f"{full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
+              f"tokenizer.model has {bos}, {eos}, which are used")
     config.bos_token_id, config.eos_token_id = bos, eos
     return tokenizer, config, folder
 
@@ -131,213 +120,22 @@ def join_system(turns: Turns) -> Turns:
     (_, system), (role, question), *rest = turns
     return [(role, f"{system}\n\n{question}"), *rest]
 
-def clean_turns(turns: Turns) -> Turns:
-    """Strips the texts, and drops answers before the first question. System texts before the first question
-    become the one System turn; a later one goes before the next question, with a blank line between, into
-    that Human turn."""
-    cleaned, system = [], ""
-    for role, text in turns:
-        text = text.strip()
-        if role == "System":
-            system = "\n\n".join(filter(None, (system, text)))
-        elif role == "Human":
-            if system and not cleaned:
-                cleaned.append(("System", system))
-            elif system:
-                text = f"{system}\n\n{text}"
-            cleaned.append(("Human", text))
-            system = ""
-        elif cleaned:
-            cleaned.append(("Assistant", text))
-    return cleaned
-
-def parse_turns(text: str, separator: str = r"(?:^|\n\n)") -> Turns:
-    """The turns of a transcript such as "\\n\\nHuman: why?\\n\\nAssistant: so". Text before the first turn is
-    the system text. A text without any Human turn is one question. separator is the pattern that stands
-    before each turn."""
-    head, *parts = re.split(separator + r"\s*(Human|Assistant):", text)
-    roles, texts = parts[::2], parts[1::2]
-    if "Human" not in roles:
-        return [("Human", text.strip())]
-    return clean_turns([("System", head), *zip(roles, texts, strict=True)])
-
 # ------------------------------------------------------------ files
-def read_records(path: str | Path, tally: Counter | None = None) -> list[Record]:
-    """All records of a file: a JSON array or JSON lines (either may be gzipped), or parquet, with the kinds
-    of rows in KINDS. tally counts what is dropped. BadInput names the file and the line of what cannot be
-    read."""
+def read_records(path: str | Path, tally: Counter | None = None,
+                 columns: dict[str, str] | None = None) -> list[Record]:
+    """All records of a file, or of a folder of files (runtime/rows.py), with rows of any known kind
+    (runtime/kinds.py). tally counts what is dropped. columns, such as {"prompt": "question"}, gives the
+    file's field for a field that is known. BadInput names the file and the line of what cannot be read."""
     tally = Counter() if tally is None else tally
-    records = []
-    for number, row in read_rows(Path(path)):
-        try:
-            records += row_records(row, tally)
-        except BadInput as error:
-            raise BadInput(f"{path}:{number}: {error}") from None
+    before = Counter(tally)
+    records = [Record(*example) for example in read_examples(path, tally, columns or {})]
     if not records:
-        raise BadInput(f"{path}: holds no usable rows")
+        raise BadInput(f"{path}: holds no usable rows{in_words(tally - before)}")
     return records
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yields (number of the line or row, row). The content tells the format, the file's ending does not."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4)
-            if head == b"PAR1":
-                yield from read_parquet(path)
-                return
-            file.seek(0)
-            yield from read_json_rows(path, gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file)
-    except BadInput:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-def read_json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, object]]:
-    """The rows of a JSON array, or of JSON lines. Reads are bounded: a small gzip may unpack to terabytes."""
-    start = file.peek(64)
-    if start.startswith(codecs.BOM_UTF8):    # Windows writes this mark at the start of a file
-        file.read(len(codecs.BOM_UTF8))
-    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        text = decode_json(path, file.read(MAX_ARRAY_BYTES + 1), MAX_ARRAY_BYTES)
-        yield from enumerate(parse_json(path, text), 1)
-        return
-    for number in itertools.count(1):
-        line = file.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
-        text = decode_json(f"{path}:{number}", line, MAX_LINE_BYTES)
-        if text.strip():
-            yield number, parse_json(f"{path}:{number}", text)
-
-def decode_json(where: str | Path, piece: bytes, most: int) -> str:
-    if len(piece) > most:
-        raise BadInput(f"{where}: is longer than {most >> 20} MB; it should hold a row per line")
-    try:
-        return piece.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: is not UTF-8 text (byte {error.start})") from None
-
-def parse_json(where: str | Path, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:      # RecursionError: thousands of nested brackets
-        raise BadInput(f"{where}: is not JSON ({error})") from None
-
-def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a parquet file, which only the package pyarrow can read."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise BadInput(f"{path}: is a parquet file; to read it: pip install pyarrow") from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise BadInput(f"{path}: is a damaged parquet file ({str(error).splitlines()[0]})") from None
-    yield from enumerate(rows, 1)
-
-# ------------------------------------------------------------ kinds of rows
-def read_rm_static(row: dict, tally: Counter) -> list[Record]:
-    turns = parse_turns(get_text(row, "prompt"))
-    return [make_record(turns, get_text(row, "chosen"), get_text(row, "rejected"))]
-
-def read_hh(row: dict, tally: Counter) -> list[Record]:
-    """Two whole transcripts. A pair is comparable only if they are the same up to the last answer."""
-    *turns, (role, chosen) = parse_turns(get_text(row, "chosen"))
-    *other_turns, (other_role, rejected) = parse_turns(get_text(row, "rejected"))
-    if role != "Assistant" or other_role != "Assistant":
-        raise BadInput('chosen and rejected stand without a prompt, so each must be a transcript of "Human:" '
-                       'and "Assistant:" turns that ends with an answer')
-    if turns != other_turns:
-        tally["pairs whose transcripts differ before the last answer"] += 1
-        return []
-    return [make_record(turns, chosen, rejected)]
-
-ROLES = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
-
-def read_conversation(row: dict, key: str, role_key: str, text_key: str, tally: Counter) -> list[Record]:
-    """One record per answer of a list of messages; the turns before the answer are its prompt."""
-    messages = row[key]
-    keys = {role_key, text_key}
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and keys <= m.keys() for m in messages):
-        raise BadInput(f"{key} must be a list of objects with {role_key} and {text_key}")
-    for message in messages:
-        if message[role_key] not in list(ROLES):                   # a list, because a role may be unhashable
-            raise BadInput(f"{key}: {role_key} {message[role_key]!r} is none of {', '.join(ROLES)}")
-    turns = clean_turns([(ROLES[m[role_key]], get_text(m, text_key)) for m in messages])
-    records = [make_record(turns[:i], text) for i, (role, text) in enumerate(turns) if role == "Assistant"]
-    tally["conversations without an answer"] += not records
-    return records
-
-def read_messages(row: dict, tally: Counter) -> list[Record]:
-    return read_conversation(row, "messages", "role", "content", tally)
-
-def read_sharegpt(row: dict, tally: Counter) -> list[Record]:
-    return read_conversation(row, "conversations", "from", "value", tally)
-
-def read_shp(row: dict, tally: Counter) -> list[Record]:
-    """Two answers, A and B, of which people preferred one: label 1 prefers A, label 0 prefers B."""
-    if row["labels"] not in (0, 1):
-        raise BadInput(f"labels is {row['labels']!r}, expected 0 or 1")
-    better, worse = ("human_ref_A", "human_ref_B") if row["labels"] else ("human_ref_B", "human_ref_A")
-    return [make_record(parse_turns(get_text(row, "history")), get_text(row, better), get_text(row, worse))]
-
-def read_alpaca(row: dict, tally: Counter) -> list[Record]:
-    """One question, perhaps with an input on the line below. An instruction that begins with "Human:" is a
-    transcript on one line: "Human: why? Assistant: so Human: and? Assistant:"."""
-    question = get_text(row, "instruction").strip()
-    if question.startswith("Human:"):
-        turns = parse_turns(question, separator=r"(?:^|\s)")
-    else:
-        extra = get_text(row, "input").strip() if row.get("input") else ""
-        turns = [("Human", f"{question}\n{extra}".strip())]
-    return [make_record(turns, get_text(row, "output"))]
-
-def read_demonstration(row: dict, tally: Counter) -> list[Record]:
-    return [make_record(parse_turns(get_text(row, "prompt")), get_text(row, "chosen"))]
-
-def read_prompt(row: dict, tally: Counter) -> list[Record]:
-    return [make_record(parse_turns(get_text(row, "prompt")))]
-
-def read_plain_text(row: dict, tally: Counter) -> list[Record]:
-    return [make_record([], get_text(row, "text"))]
-
-# A row is read as the first kind whose keys are all in it; its other keys are ignored.
-# A new format is one reader above and one line here.
-KINDS: list[tuple[set[str], Callable[[dict, Counter], list[Record]]]] = [
-    ({"prompt", "chosen", "rejected"}, read_rm_static),
-    ({"chosen", "rejected"}, read_hh),
-    ({"messages"}, read_messages),
-    ({"conversations"}, read_sharegpt),
-    ({"history", "human_ref_A", "human_ref_B", "labels"}, read_shp),
-    ({"instruction", "output"}, read_alpaca),                      # and perhaps "input"
-    ({"prompt", "chosen"}, read_demonstration),
-    ({"prompt"}, read_prompt),
-    ({"text"}, read_plain_text),
-]
-
-def row_records(row: object, tally: Counter) -> list[Record]:
-    """The records of one row: one, none where the row is dropped, or one per answer of a conversation."""
-    if not isinstance(row, dict):
-        raise BadInput(f"is a {type(row).__name__}, expected an object with named fields")
-    for keys, read in KINDS:
-        if keys <= row.keys():
-            return read(row, tally)
-    raise BadInput(f"its fields {sorted(row)} match no known kind of row (docs/data.md)")
-
-def make_record(turns: Turns, chosen: str | None = None, rejected: str | None = None) -> Record:
-    """A Record with stripped answers. An empty Assistant turn at the end is the "Assistant:" with which the
-    prompts of many files end; it is dropped, because render adds its own."""
-    if turns and turns[-1] == ("Assistant", ""):
-        turns = turns[:-1]
-    return Record(turns, chosen and chosen.strip(), rejected and rejected.strip())
-
-def get_text(row: dict, key: str) -> str:
-    if not isinstance(row[key], str):
-        raise BadInput(f"{key} has the type {type(row[key]).__name__}, expected text")
-    if len(row[key]) > MAX_TEXT_CHARACTERS:
-        raise BadInput(f"{key} has {len(row[key]):,} characters, too many to be one text")
-    return row[key]
+def in_words(tally: Counter) -> str:
+    """; 3 answers cut; 2 pairs dropped: identical"""
+    return "".join(f"; {n:,} {what}" for what, n in tally.items() if n)
 
 # ------------------------------------------------------------ split
 def split_records(records: list[Record], weights: Sequence[float], phase: int,
@@ -347,28 +145,34 @@ def split_records(records: list[Record], weights: Sequence[float], phase: int,
     low, high, whole = sum(weights[:phase]), sum(weights[:phase + 1]), sum(weights)
 
     def place(record):                       # from 0 to whole
-        question = join_system(record.turns)[0][1].strip() if record.turns else ""
-        text = question or record.chosen or ""
-        digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "replace")).digest()
+        digest = hashlib.sha256(f"{seed}:{first_question(record)}".encode("utf-8", "replace")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64 * whole
 
     return [record for record in records if low <= place(record) < high]
+
+def first_question(record: Record) -> str:
+    """The first question with the system text before it; of a plain text, the text."""
+    question = join_system(record.turns)[0][1].strip() if record.turns else ""
+    return question or record.chosen or ""
 
 def are_pairs(records: list[Record]) -> bool:
     return any(record.rejected is not None for record in records)
 
 def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None, seed: int,
-                 eval_files: Iterable[str] | None, eval_share: float,
-                 tally: Counter) -> tuple[list[Record], list[Record]]:
+                 eval_files: Iterable[str] | None, eval_share: float, tally: Counter,
+                 columns: dict[str, str] | None = None) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records of a phase. split, such as (4, 4, 2), divides files of pairs, which all
     three steps can use; None divides nothing. Without eval_files, eval_share of the conversations is held
     out."""
     records = []
     for file in files:
-        of_file = read_records(file, tally)
+        of_file = read_records(file, tally, columns)
+        if len(of_file) > 1 and len({first_question(record) for record in of_file}) == 1:
+            tally[f"rows of {file} all begin with the same question, which decides the split: name held-out "
+                  f"files by --eval-data"] = len(of_file)
         records += split_records(of_file, split, phase, seed) if split and are_pairs(of_file) else of_file
     if eval_files:
-        return records, [record for file in eval_files for record in read_records(file, tally)]
+        return records, [record for file in eval_files for record in read_records(file, tally, columns)]
     # Another seed than the split's: with the same one, the held-out questions would be those with the highest
     # hashes. All of these lie in the last phase, and the other phases would have none.
     sides, other_seed = (1 - eval_share, eval_share), f"{seed} held out"
@@ -378,7 +182,7 @@ def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
     """BadInput where a folder that this run starts from was trained on one of this run's files of pairs (same
     name, same size) under another --split or --split-seed: the steps would then share rows that should be
     apart."""
-    def in_words(split, seed):
+    def named(split, seed):
         shares = [str(share).removesuffix(".0") for share in split] if isinstance(split, list) else ["none"]
         return f"{','.join(shares)} with seed {seed}"
 
@@ -394,11 +198,11 @@ def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
         ours = args.split, args.split_seed
         if not isinstance(sizes, dict) or division(*theirs) == division(*ours):
             continue
-        for path in args.data:
-            (name, size), = data_sizes([path]).items()
-            if sizes.get(name) == size and are_pairs(read_records(path)):
-                raise BadInput(f"--split, --split-seed: {folder} was trained on {name} divided by "
-                               f"{in_words(*theirs)}, this run divides it by {in_words(*ours)}; rows would "
+        for file in [file for path in args.data for file in data_files(path)]:
+            is_known = sizes.get(file.name) == file.stat().st_size
+            if is_known and are_pairs(read_records(file, columns=args.columns)):
+                raise BadInput(f"--split, --split-seed: {folder} was trained on {file.name} divided by "
+                               f"{named(*theirs)}, this run divides it by {named(*ours)}; rows would "
                                f"be seen by two steps")
 
 def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenizer, max_len: int, batch: int,
@@ -406,18 +210,22 @@ def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenize
     """(training, held-out) rows that encode makes of this phase's records. Rank 0 prints how many there are
     and what was cut and dropped. folders are those that this run starts from (see check_split)."""
     tally = Counter() if tally is None else tally
+    check_columns(args.columns or {}, args.data)
     sides = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share,
-                         tally)
+                         tally, args.columns)
     check_split(args, folders)
     train, held_out = ([row for record in records if (row := encode(tokenizer, record, max_len, tally))]
                        for records in sides)
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
-        + "".join(f"; {n:,} {what}" for what, n in tally.items() if n))
+        + in_words(tally))
+    lost = sum(n for what, n in tally.items() if "dropped" in what or "same question" in what)
+    why = ("" if lost > len(train) else " (see --split, --max-len and the batch)") + in_words(tally)
     if len(train) < batch:
-        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of {batch} "
-                       f"(see --split, --max-len and the batch)")
+        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of "
+                       f"{batch}{why}")
     if not held_out:
-        raise BadInput("--eval-data, --eval-share: no usable held-out rows; name a file or raise the share")
+        raise BadInput(f"--eval-data, --eval-share: no usable held-out rows"
+                       f"{in_words(tally) if lost else '; name a file or raise the share'}")
     return train, held_out
 
 # ------------------------------------------------------------ ids that fit
@@ -482,8 +290,9 @@ def encode_pair(tokenizer: Tokenizer, record: Record, max_len: int,
     prompt, lost = fit_prompt(tokenizer, record.turns, room)
     empty, same = min(len(chosen), len(rejected)) == 1, chosen == rejected
     if empty or same or len(prompt) > room:
-        why = "an answer is empty" if empty else "identical" if same else "too long"
-        tally[f"pairs dropped: {why}"] += 1
+        why = "pairs dropped: an answer is empty" if empty else "pairs dropped: identical" if same else (
+            "pairs dropped: too long")
+        tally["rows dropped: not a pair of answers" if record.rejected is None else why] += 1
         return None
     tally.update(lost)
     return prompt + chosen, prompt + rejected, len(prompt)

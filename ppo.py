@@ -601,7 +601,8 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
     tally = Counter()
     # The same hash as for --data leaves out the same questions: what is held out there is never a text here.
     records, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
-                          eval_share=0 if args.eval_data else args.eval_share, tally=tally)
+                          eval_share=0 if args.eval_data else args.eval_share, tally=tally,
+                          columns=args.columns)
     texts = [row for record in records if (row := encode_sft(tokenizer, record, longest, tally))]
     if args.ptx_data and len(texts) < args.mini_batch:
         raise BadInput(f"--ptx-data: {len(texts)} usable rows, fewer than one mini-batch of "

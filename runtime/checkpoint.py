@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from runtime.engine import gathered
 from runtime.errors import BadInput
-from runtime.folders import FILES, FOLDERS, data_sizes, fingerprint, read_json, write_whole, writing
+from runtime.folders import FILES, FOLDERS, fingerprint, read_json, write_whole, writing
 from runtime.log import Log
 from runtime.ranks import fail_together, finish, from_all, max_over_ranks, say
+from runtime.rows import data_sizes
 from runtime.speed import give_back_memory, keep_memory
 
 # Entries of args.json that may change between a run and its --resume: they change no step.

@@ -1,4 +1,6 @@
 """What the program says to a user who did something wrong."""
+import functools
+import os
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -10,6 +12,12 @@ def without_controls(text: str) -> str:
     a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
                    and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
+
+@functools.cache
+def note(text: str):
+    """Says something once on rank 0's stderr that a user should know and that does not stop the run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {without_controls(text)}", file=sys.stderr)
 
 class BadInput(ValueError):
     """A user's mistake, said in one line: the file or flag, what was found there, and what to do about it.

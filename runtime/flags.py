@@ -131,10 +131,26 @@ def shares(text: str) -> list[float] | None:
         raise ArgumentTypeError(f"{text} is not three shares such as 4,4,2, nor none")
     return numbers
 
+def column(text: str) -> tuple[str, str]:
+    """argparse type of --columns: prompt=question."""
+    name, equals, field = text.partition("=")
+    if not (name and equals and field):
+        raise ArgumentTypeError(f"{text} is not NAME=FIELD, such as prompt=question")
+    return name, field
+
+class AsDictionary(argparse.Action):
+    def __call__(self, parser, args, pairs, option_string=None):
+        names = [name for name, _ in pairs]
+        if len({*names}) < len(names):
+            raise argparse.ArgumentError(self, "names a field twice")
+        setattr(args, self.dest, dict(pairs))
+
 # ------------------------------------------------------------ of all three trainers
 def add_trainer_flags(flags: Flags):
     """The flags that mean the same in sft.py, reward.py and ppo.py."""
     add = flags.group("division of the data")
+    add("--columns", type=column, nargs="+", action=AsDictionary, metavar="NAME=FIELD",
+        help="names of fields of the data, as in prompt=question chosen=best rejected=worst (docs/data.md)")
     add("--split", type=shares, default="4,4,2", help="shares of the three steps in files of pairs, or none")
     add("--split-seed", type=int, default=1234, help="of that and of what is held out")
     add("--eval-data", nargs="+", help="held-out files, instead of --eval-share")

@@ -208,7 +208,3 @@ def check_out(args: Namespace, *inputs: Path | None):
     if there and not args.overwrite and not args.resume:
         raise BadInput(f"--out {args.out}: holds a run or a model already; choose another folder, --resume "
                        f"the run, or --overwrite it")
-
-def data_sizes(files: list[str]) -> dict[str, int]:
-    """{name: size in bytes} of data files, by which a later step knows the same file again."""
-    return {Path(file).name: Path(file).stat().st_size for file in files}

@@ -19,6 +19,8 @@ torch.set_num_threads(1)                     # tiny matrices: threads would only
 REPO = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("RLHF_TEST_DATA", REPO.parent / "shared" / "data"))
 
+CASES = REAL.parent / "cases"                # files and folders as they were found in public reports
+
 
 def real(name):
     """Path of a piece of real data; skips the test where it is absent."""

@@ -36,6 +36,7 @@ TESTS = {
     "runtime/checkpoint.py": ["test_runtime.py"],
     "runtime/engine.py": ["test_runtime.py"],
     "runtime/flags.py": ["test_runtime.py"],
+    "runtime/kinds.py": ["test_kinds.py", "test_data.py"],
     "runtime/ranks.py": ["test_runtime.py"],
 }
 
@@ -52,8 +53,8 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-ranks, engine, checkpoint = (
-    partial(Fault, f"runtime/{name}.py") for name in ("ranks", "engine", "checkpoint"))
+ranks, engine, checkpoint, kinds = (
+    partial(Fault, f"runtime/{name}.py") for name in ("ranks", "engine", "checkpoint", "kinds"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -158,7 +159,7 @@ FAULTS = [
 
     # splits and seeds
     data("sum(weights[:phase + 1])", "sum(weights[:phase + 2])"),
-    data('f"{seed}:{text}"', 'f"{text}"'),
+    data('f"{seed}:{first_question(record)}"', 'f"{first_question(record)}"'),
     data('f"{seed} held out"', "seed"),
     data("split_records(records, sides, 1, other_seed)", "split_records(records, sides, 0, other_seed)"),
     data("if split and are_pairs(of_file)", "if split"),
@@ -230,8 +231,21 @@ FAULTS = [
     data("(prompt + answer)[:max_len]", "(prompt + answer[:-1])[:max_len - 1] + answer[-1:]"),
     data("max_len - max(len(chosen), len(rejected))", "max_len - min(len(chosen), len(rejected))"),
     data("if empty or same or", "if empty or"),
-    data("if turns != other_turns", "if turns[:1] != other_turns[:1]"),
-    data('if row["labels"] else', 'if not row["labels"] else'),
+    # kinds of rows
+    kinds("if turns != other_turns", "if turns[:1] != other_turns[:1]"),
+    kinds("if label else", "if not label else"),
+    kinds('text.removeprefix("Assistant:")', "text"),
+    kinds("better = scores[1] > scores[0]", "better = scores[1] < scores[0]"),
+    kinds("answers[int(better)], answers[1 - int(better)]", "answers[1 - int(better)], answers[int(better)]"),
+    kinds('unlearned if role == "Assistant" and message.says_no(*WEIGHT) else role', "role"),
+    kinds("if row.says_no(*WEIGHT):", "if False:"),
+    kinds("if turns and said[0] == turns[-1]:", "if False:"),
+    kinds("if text != system else text", ""),
+    kinds("if name[:-1] in ANSWER] or texts", "] or texts"),
+    kinds("elif cleaned:", "else:"),
+    kinds("turns + said[-1:]", "turns + said"),
+    kinds("if name not in columns.values()", "if name in columns.values()"),
+    kinds('for gap in ("\\n\\n", "\\n", "")', 'for gap in ("\\n", "")'),
 
     # the engine: schedule, weight decay, gradients that are not finite
     engine("return (done + 1) / warmup", "return done / warmup"),

@@ -27,14 +27,15 @@ from data import (
     load_rows,
     micro_batches,
     open_tokenizer,
-    parse_turns,
     read_records,
     render,
     split_records,
     stream,
 )
 from runtime.errors import BadInput
-from runtime.folders import copy_tokenizer, data_sizes
+from runtime.folders import copy_tokenizer
+from runtime.kinds import parse_turns
+from runtime.rows import data_sizes
 
 ASK = [("Human", "why?")]
 ASK_KINDLY = [("System", "Be kind."), ("Human", "why?")]
@@ -89,7 +90,7 @@ FORMATS = {
     "messages that end with a question": (
         {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"},
                       {"role": "user", "content": "and?"}]},
-        [Record(ASK, "so")]),
+        [Record(ASK, "so"), Record(ASK_TWICE)]),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"},
                                     {"from": "human", "value": "and?"}, {"from": "gpt", "value": "yes"}]},
                  [Record(ASK, "so"), Record(ASK_TWICE, "yes")]),
@@ -125,17 +126,17 @@ def test_of_several_kinds_in_one_row_the_first_in_the_documented_order_wins(tmp_
            "history": "h", "human_ref_A": "SHP", "human_ref_B": "no", "labels": 1,
            "instruction": "i", "output": "Alpaca", "text": "text"}
     kinds = []
-    for key in ("rejected", "messages", "conversations", "labels", "output", "chosen", "prompt", None):
+    for key in ("rejected", "labels", "messages", "conversations", "chosen", "output", "prompt", None):
         kinds += [record.chosen for record in read_records(write(tmp_path / "rows.jsonl", [row]))]
         row.pop(key, None)
-    assert kinds == ["rm-static", "messages", "conversations", "SHP", "Alpaca", "rm-static", None, "text"]
-    #                                                                          ^ prompt + chosen
+    assert kinds == ["rm-static", "SHP", "messages", "conversations", "rm-static", "Alpaca", None, "text"]
+    #                                                                 ^ prompt + chosen
 
 
 @pytest.mark.parametrize("text, turns", [
     ("why?", ASK), (" why?\n", ASK), ("Human: why?", ASK), ("\n\nHuman: why?\n\nAssistant: ", ASK),
     ("Be kind.\n\nHuman: why?\n\nAssistant:", ASK_KINDLY),
-    ("The Human: a film", [("Human", "The Human: a film")]), ("", [("Human", "")]),
+    ("The Human: a film", [("Human", "The Human: a film")]),
     ("\n\nHuman:why?\n\n\nAssistant:  so \n\nHuman: and?\n\nAssistant:", ASK_TWICE),
     ("Assistant: hello\n\nHuman: why?\n\nAssistant:", ASK),
 ])
@@ -180,7 +181,7 @@ def test_parquet_is_read(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [FORMATS["messages"][0], FORMATS["messages that end with a question"][0]]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    expected = [Record(ASK, "so"), Record(ASK_TWICE, "yes"), Record(ASK, "so")]
+    expected = [Record(ASK, "so"), Record(ASK_TWICE, "yes"), Record(ASK, "so"), Record(ASK_TWICE)]
     assert read_records(tmp_path / "rows.parquet") == expected
 
 
@@ -200,18 +201,18 @@ def test_a_damaged_parquet_file_is_bad_input(tmp_path):
 
 
 @pytest.mark.parametrize("row, found", [
-    ({"question": "why?", "answer": "so"}, "answer.*question"),
+    ({"query": "why?", "reply": "so"}, "query, reply.*--columns prompt=query chosen=reply"),
     ([1, 2], "list"), ("why?", "str"), (None, "NoneType"),
     ({"prompt": 3}, "prompt has the type int"),
-    ({"prompt": "why?", "chosen": None}, "chosen has the type NoneType"),
     ({"chosen": "so", "rejected": "no"}, "Human:"),
     ({**SHP, "labels": 2}, "labels is 2"),
     ({"messages": "why?"}, "messages must be a list"),
     ({"messages": [{"role": "user"}]}, "content"),
-    ({"messages": [{"role": "user", "content": ["why?"]}]}, "content has the type list"),
-    ({"messages": [{"role": "tool", "content": "why?"}]}, "role.*'tool'"),
-    ({"messages": [{"role": ["user"], "content": "why?"}]}, "role"),
-    ({"conversations": [{"role": "user", "content": "why?"}]}, "from.* and value"),
+    ({"messages": [{"speaker": "user", "content": "why?"}]}, "role"),
+    ({"prompt": "why?", "history": ["why?"], "chosen": "so"}, "history must be a list of"),
+    ({"prompt": "why?", "score_0": 1, "score_1": 2}, "no answers with the ends 0 and 1"),
+    ({"prompt": "why?", "a_0": "so", "a_1": "no", "score_0": "good", "score_1": "bad"}, "'good' and 'bad'"),
+    ({"prompt": "why?", "a_0": "so", "a_1": "no", "better_response_id": 2}, "is 2, expected 0 or 1"),
 ])
 def test_a_row_of_no_known_kind_is_an_error_that_names_file_line_and_finding(row, found, tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"prompt": "why?"}, row])
@@ -237,9 +238,9 @@ def test_a_file_without_readable_rows_is_an_error_that_names_it(content, tmp_pat
         read_records(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
-def test_a_file_that_is_not_there_or_is_a_folder_is_an_error(name, tmp_path):
-    with pytest.raises(BadInput, match="cannot be read"):
+@pytest.mark.parametrize("name, why", [("nowhere.jsonl", "no such file"), (".", "without data files")])
+def test_a_file_that_is_not_there_or_a_folder_without_data_is_an_error(name, why, tmp_path):
+    with pytest.raises(BadInput, match=why):
         read_records(tmp_path / name)
 
 
@@ -250,16 +251,16 @@ def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path, tokenizer)
 
 
 def test_a_conversation_that_gives_no_row_is_counted(tmp_path):
-    question = {"messages": [{"role": "user", "content": "why?"}]}
+    answer = {"messages": [{"role": "assistant", "content": "so"}]}
     tally = Counter()
-    assert read_records(write(tmp_path / "rows.jsonl", [question, FORMATS["messages"][0]]), tally)
+    assert read_records(write(tmp_path / "rows.jsonl", [answer, FORMATS["messages"][0]]), tally)
     assert sum(tally.values()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ real pairs
 def test_transcripts_that_differ_before_the_last_answer_are_dropped_and_counted(hh_records):
     records, tally = hh_records
-    assert len(records) == 2312 - 5 and +tally == {"pairs whose transcripts differ before the last answer": 5}
+    assert len(records) == 2312 - 5 and counted(tally, "transcripts differ") == tally.total() == 5
 
 
 def test_four_real_answers_are_empty(hh_records, tokenizer):
@@ -587,7 +588,7 @@ def go_on(files, tmp_path, monkeypatch):
         if earlier is not None:
             (folder / "args.json").write_text(json.dumps(earlier))
         args = Namespace(data=[str(files["answers"]), str(files["pairs"])], split=split and list(split),
-                         split_seed=seed, eval_data=None, eval_share=0.2)
+                         split_seed=seed, eval_data=None, eval_share=0.2, columns=None)
         return load_rows(args, 1, lambda tokenizer, record, max_len, tally: record, None, 64, 1, [folder])
     return load
 

@@ -14,7 +14,8 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 # [text](target), where text may hold `code`, but no brackets
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
 # flags of the deepspeed launcher
-FOREIGN = {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port"}
+FOREIGN = {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
+           "--repo-type", "--local-dir"}
 
 
 def lines_of(source: str) -> dict[str, int]:

@@ -39,6 +39,23 @@ MAKE_ROW = {
                                                   {"from": "gpt", "value": "so"}]},
     "shp": lambda i: {"history": f"why {i}?", "human_ref_A": "so", "human_ref_B": "no", "labels": i % 2},
     "alpaca": lambda i: {"instruction": f"why {i}?", "input": "x", "output": "so"},
+    "lists": lambda i: {"prompt": [{"role": "user", "content": [{"type": "text", "text": f"why {i}?"}]}],
+                        "chosen": [{"role": "assistant", "content": "so"}],
+                        "rejected": {"role": "assistant", "content": "no"}},
+    "whole": lambda i: {"chosen": [{"from": "human", "value": f"why {i}?"}, {"from": "bing", "value": "so"}],
+                        "rejected": [{"from": "user", "value": f"why {i}?"}, {"from": "gpt", "value": "no"}]},
+    "scored": lambda i: {"question": f"why {i}?", "answer_0": "so", "answer_1": "no",
+                         "score_0": 1, "score_1": 0},
+    "chosen_id": lambda i: {"prompt": f"why {i}?", "response_0": "so", "response_1": "no",
+                            "better_response_id": i % 2},
+    "history": lambda i: {"instruction": f"why {i}?", "history": [["why?", "so"]], "system": "be kind",
+                          "context": "x", "response": "so"},
+    "weights": lambda i: {"messages": [{"role": "user", "content": f"why {i}?"},
+                                       {"role": "assistant", "content": "no", "weight": 0},
+                                       {"role": "user", "content": "why?"},
+                                       {"role": "assistant", "content": "so", "weight": 1}]},
+    "completion": lambda i: {"prompt": f"Human: why {i}? Assistant:", "completion": "so", "label": True},
+    "columns": lambda i: {"query": f"why {i}?", "best": "so", "worst": "no"},
     "prompts": lambda i: {"prompt": f"why {i}?"},
     "text": lambda i: {"text": f"the sky is blue {i}"},
 }
@@ -215,7 +232,8 @@ def read_tokenizer(folder):
 
 
 def read_data(file):
-    records = read_records(file)
+    names = {"prompt": "query", "chosen": "best", "rejected": "worst"} if file.stem == "columns" else {}
+    records = read_records(file, columns=names)
     raw = file.read_bytes()
     text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     lines = [line for line in text.split("\n") if line.strip()]
@@ -223,7 +241,8 @@ def read_data(file):
     for record in records:
         assert all(answer is None or isinstance(answer, str) for answer in (record.chosen, record.rejected))
         assert record.prompt.endswith("\n\nAssistant:") or record.prompt == ""
-    assert len(records) <= sum(len(row.get("messages", row.get("conversations", [0]))) for row in rows)
+    most = (row.get("messages", row.get("conversations")) for row in rows)
+    assert len(records) <= sum(len(messages) if isinstance(messages, list) else 1 for messages in most)
 
 
 def read_manifest(folder):
