@@ -75,7 +75,7 @@ def answer(speaker: Speaker, turns: list[tuple[str, str]], args: Namespace,
            uniforms: Tensor) -> Iterator[str]:
     """The model's answer to the turns (role, text), piece by piece. uniforms (1,max_tokens) are its random
     numbers. BadInput where the question is too long."""
-    tally, context = Counter(), speaker.model.config.max_position_embeddings
+    tally, context = Counter(), speaker.model.config.context
     ids = encode_prompt(speaker.tokenizer, Record(clean_turns(turns)), context - args.max_tokens, tally)
     if ids is None:
         raise BadInput(f"the question is too long for this model, and is forgotten: of its {context} tokens "
@@ -201,7 +201,7 @@ def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
     """The value of a setting that was typed. BadInput where it is no number, or out of range."""
     read: Callable[[str], float] = SETTINGS[name]
     if name == "max_tokens":                 # the prompt needs room in every model's context
-        read = number(1, min(speaker.model.config.max_position_embeddings for speaker in speakers) - 1, int)
+        read = number(1, min(speaker.model.config.context for speaker in speakers) - 1, int)
     try:
         return read(value)
     except ArgumentTypeError as error:

@@ -83,9 +83,9 @@ def open_tokenizer(path: str | Path, base: str | None = None,
     if tokenizer.vocab_size > config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} "
                        f"only {config.vocab_size}; they do not belong together")
-    if longest > config.max_position_embeddings:
+    if longest > config.context:
         raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or "
-                       f"--max-tokens), the model's context is {config.max_position_embeddings}")
+                       f"--max-tokens), the model's context is {config.context}")
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if (bos, eos) != (config.bos_token_id, config.eos_token_id):
         note(f"{full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime.errors import BadInput
 from runtime.folders import load_weights, read_json, save_weights
+from runtime.foreign import what_instead
 from runtime.speed import faster_step
 
 # ------------------------------------------------------------ configuration
@@ -40,6 +41,7 @@ class LlamaConfig:
     num_key_value_heads: int | None = None   # H for multi-head attention, fewer for grouped-query attention
     head_dim: int | None = None              # D, C / H where not given
     max_position_embeddings: int = 2048
+    max_sequence_length: int | None = None   # the context, where rope_scaling makes it longer
     rms_norm_eps: int | float = 1e-6
     rope_theta: int | float = 10000.0
     rope_scaling: dict | None = None         # {"rope_type": "linear" or "llama3", "factor": ..., ...}
@@ -53,10 +55,20 @@ class LlamaConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def context(self) -> int:
+        """The most tokens that a text may have. Linear scaling stretches the positions of the model that was
+        trained; with llama3 scaling, max_position_embeddings counts the stretched ones already."""
+        if self.rope_scaling is None or self.rope_scaling["rope_type"] != "linear":
+            return self.max_position_embeddings
+        return self.max_sequence_length or int(self.max_position_embeddings * self.rope_scaling["factor"])
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlamaConfig":
         """Reads path/config.json of transformers 4 or 5. BadInput where it asks for what is not done here."""
         file = Path(path) / "config.json"
+        if not file.exists():
+            raise BadInput(f"{file}: is missing; {what_instead(Path(path))}")
         raw = read_json(file)
         rope = read_rope(file, raw)
         for key, values in IMPLEMENTED.items():
@@ -74,6 +86,8 @@ class LlamaConfig:
         for key in ROPE_NUMBERS[rope["rope_type"]]:
             check_value(file, key, rope.get(key), int | float)
 
+        if "max_sequence_length" in given:   # the first LLaMA folders have this key alone
+            given.setdefault("max_position_embeddings", given["max_sequence_length"])
         config = cls(**given)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise BadInput(f"{file}: num_attention_heads {config.num_attention_heads} must divide by "
@@ -102,14 +116,16 @@ ROPE_NUMBERS = {"default": [], "linear": ["factor"],
 
 # Keys that change the result, each with the values that are implemented here. None: the key is absent.
 IMPLEMENTED = {"model_type": ["llama"], "hidden_act": ["silu", None], "rope_type": list(ROPE_NUMBERS),
-               "partial_rotary_factor": [1, None], "sliding_window": [None], "quantization_config": [None]}
+               "partial_rotary_factor": [1, None], "sliding_window": [None]}
 
 def read_rope(file: Path, raw: dict) -> dict:
     """The rotary part of a config.json as one dictionary: rope_type, rope_theta and the numbers of that type.
     transformers 4 has rope_theta and rope_scaling; transformers 5 has all of it under rope_parameters."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise BadInput(f"{file}: rope_scaling is {rope!r}, expected an object")
+    if by_kind := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise BadInput(f"{file}: rope_parameters of their own for {by_kind[0]} are not supported")
     rope = {"rope_theta": raw.get("rope_theta") or LlamaConfig.rope_theta, **rope}
     if not rope.get("rope_type"):
         rope["rope_type"] = rope.pop("type", "default")            # the older name of the key
@@ -284,6 +300,7 @@ class Transformer(nn.Module):
 
 class Llama(nn.Module):
     """The language model: `model`, the transformer, and `lm_head`. The state-dict keys are Hugging Face's."""
+    architecture = "LlamaForCausalLM"        # for config.json; lora.py merges reward models, too
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -372,7 +389,7 @@ class Llama(nn.Module):
 
     def save_pretrained(self, path: str | Path):
         """Writes config.json and safetensors. transformers' AutoModelForCausalLM loads the folder."""
-        save_weights(self, path, self.config.to_dict("LlamaForCausalLM", self.lm_head.weight.dtype))
+        save_weights(self, path, self.config.to_dict(self.architecture, self.model.norm.weight.dtype))
 
 # ------------------------------------------------------------ sampling
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniforms: Tensor | None) -> Tensor:

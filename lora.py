@@ -12,9 +12,6 @@ reward) share one LLaMA in memory: a role is the base with the adapter of its na
 """
 import argparse
 import json
-import math
-import operator
-import re
 import shutil
 from argparse import Namespace
 from contextlib import suppress
@@ -26,9 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama import Linear, Llama, LlamaConfig
+from runtime.adapters import PREFIX, is_reward_adapter, matches, read_adapter, read_adapter_config
 from runtime.errors import BadInput, exit_with_one_line
 from runtime.flags import Flags, number
-from runtime.folders import copy_tokenizer, load_weights, read_json, read_tensor, save_weights, tensor_names
+from runtime.folders import copy_tokenizer, load_weights
+from runtime.foreign import what_instead
 
 def add_lora_flags(flags: Flags, dropout: bool = False):
     """Adds the flags of a new adapter. dropout: --lora-dropout is one of them."""
@@ -100,12 +99,6 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules()
             if isinstance(module, nn.Linear) and ".lora_" not in path and path != "score"]
 
-def matches(path: str, targets: str | list[str]) -> bool:
-    """PEFT's rule: a list holds ends of module paths, a string is a regular expression for the whole path."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith("." + target) for target in targets)
-
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: list[str], dropout: float = 0.0,
              name: str = "default"):
     """Adds an adapter beside every Linear whose path ends in one of targets, freezes the other weights, and
@@ -161,19 +154,6 @@ def merge_lora(model: nn.Module, name: str) -> nn.Module:
     return model
 
 # ------------------------------------------------------------ PEFT's files
-PREFIX = "base_model.model."                 # of every tensor's name in adapter_model.safetensors
-
-# Options of adapter_config.json that load_adapter reads, or that change no result. Others may not be set.
-KNOWN_OPTIONS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
-                 "lora_alpha", "lora_dropout", "bias", "target_modules", "rank_pattern", "alpha_pattern",
-                 "use_rslora", "modules_to_save", "init_lora_weights", "auto_mapping", "peft_version",
-                 "megatron_core", "qalora_group_size"}
-
-# These options may have only the values listed. PiSSA, OLoRA and others among init_lora_weights change the
-# base itself.
-ALLOWED_VALUES = {"peft_type": ["LORA"], "bias": ["none", None],
-                  "init_lora_weights": [True, False, None, "gaussian"]}
-
 def save_adapter(model: nn.Module, path: str | Path, name: str, base: str | Path, task_type: str):
     """Writes an adapter of the base folder as PEFT does. task_type: CAUSAL_LM, or SEQ_CLS (reward model)."""
     path = Path(path)
@@ -202,93 +182,21 @@ def save_adapter(model: nn.Module, path: str | Path, name: str, base: str | Path
               "modules_to_save": ["score"] if task_type == "SEQ_CLS" else None, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-def read_adapter_config(path: str | Path) -> dict:
-    """adapter_config.json of a folder. BadInput where it asks for what would change the result here, or where
-    its numbers and patterns make no sense."""
-    file = Path(path) / "adapter_config.json"
-    config = {"peft_type": None, **read_json(file)}
-    for key, value in config.items():
-        if not is_supported(key, value):
-            raise BadInput(f"{file}: {key} = {value!r} is not supported; it would change the result")
-    try:
-        check_numbers_and_patterns(config)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{file}: is not a LoRA config that makes sense ({why})") from None
-    return config
-
-def is_supported(key: str, value: object) -> bool:
-    """Whether an option of adapter_config.json means here what it means in PEFT."""
-    if key in ALLOWED_VALUES:
-        return value in ALLOWED_VALUES[key]
-    if key == "modules_to_save" and value:   # of whole layers, only a reward model's head
-        return isinstance(value, list) and set(map(str, value)) <= {"score", "classifier"}
-    is_unset = value is False or value in (None, {}, [], "")
-    return is_unset or key in KNOWN_OPTIONS
-
-def check_numbers_and_patterns(config: dict):
-    """Raises an error, of one of many types, where a rank, alpha, dropout or pattern is wrong."""
-    targets = config.get("target_modules") or []
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for pattern in [*ranks, *alphas, *([targets] if isinstance(targets, str) else targets)]:
-        re.compile(pattern)
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-            raise ValueError(f"the pattern {pattern!r} repeats so much that it could take forever")
-    total = sum([config["lora_alpha"], config.get("lora_dropout") or 0, *ranks.values(), *alphas.values()])
-    smallest_rank = min(operator.index(rank) for rank in [config["r"], *ranks.values()])   # index: no floats
-    if not math.isfinite(total) or smallest_rank < 1 or not targets:
-        raise ValueError(f"r {config['r']}, target_modules {targets}")
-
-def by_pattern(patterns: dict | None, path: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of the path."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
 @torch.no_grad()
 def load_adapter(model: nn.Module, path: str | Path, name: str):
     """Attaches the adapter of a PEFT folder under this name, and does not switch it on. A reward model gets
-    the adapter's score head too. BadInput where the files are damaged or belong to another base."""
-    config = read_adapter_config(path)
-    targets = config["target_modules"]
-    if targets == "all-linear":              # PEFT's word for all layers but the head
-        wanted = [layer_path for layer_path in linear_paths(model) if layer_path != "lm_head"]
-    else:
-        wanted = [layer_path for layer_path in linear_paths(model) if matches(layer_path, targets)]
-    file, tensors = read_adapter_tensors(path, wanted, with_score=hasattr(model, "score"))
-    for layer_path in wanted:
-        a, b = (tensors[f"{PREFIX}{layer_path}.{part}.weight"] for part in ("lora_A", "lora_B"))
-        linear = model.get_submodule(layer_path)
-        rank = by_pattern(config.get("rank_pattern"), layer_path, config["r"])
-        if a.shape != (rank, linear.in_features) or b.shape != (linear.out_features, rank):
-            raise BadInput(f"{file}: {layer_path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected "
-                           f"rank {rank} for a weight of {linear.out_features} x {linear.in_features}")
-        alpha = by_pattern(config.get("alpha_pattern"), layer_path, config["lora_alpha"])
+    the adapter's score head too. BadInput where the files are damaged, belong to another base, or hold what
+    would change the result."""
+    weights = dict(model.named_parameters(remove_duplicate=False))       # with a tied head, too
+    config, pairs, score = read_adapter(path, linear_paths(model), weights)
+    for layer_path, pair in pairs.items():
+        rank, alpha = len(pair.A), pair.alpha
         scale = alpha / rank ** 0.5 if config.get("use_rslora") else alpha / rank
         layer = attach(model, layer_path, name, rank, scale, config.get("lora_dropout") or 0.0)
-        layer.lora_A[name].weight.copy_(a)
-        layer.lora_B[name].weight.copy_(b)
-    if hasattr(model, "score"):
-        model.score.weight.copy_(tensors[f"{PREFIX}score.weight"])
-
-def read_adapter_tensors(path: str | Path, layer_paths: list[str], with_score: bool) -> tuple[Path, dict]:
-    """The file with an adapter's weights, and these weights, {name: tensor}. BadInput where a tensor of these
-    layers is missing, or where the file holds others."""
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.exists() and file.with_suffix(".bin").exists():
-        file = file.with_suffix(".bin")
-    needed = {f"{PREFIX}{layer_path}.{part}.weight"
-              for layer_path in layer_paths for part in ("lora_A", "lora_B")}
-    if with_score:                           # with a random head, a reward model's scores would mean nothing
-        needed.add(f"{PREFIX}score.weight")
-    found = {key.replace(".modules_to_save.", "."): key for key in tensor_names(file)}
-    missing = needed - set(found)
-    unknown = {key for key in set(found) - needed if not key.startswith(f"{PREFIX}score.")}
-    if wrong := sorted(missing | unknown):
-        what = "missing" if wrong[0] in missing else "no layer of the base that is named"
-        raise BadInput(f"{file}: {wrong[0]} is {what}; the file is damaged, or belongs to another base")
-    return file, {key: read_tensor(file, found[key]) for key in needed}
+        layer.lora_A[name].weight.copy_(pair.A)
+        layer.lora_B[name].weight.copy_(pair.B)
+    if score is not None:
+        model.score.weight.copy_(score)
 
 # ------------------------------------------------------------ any folder
 def resolve(path: str | Path, base: str | Path | None = None,
@@ -298,9 +206,9 @@ def resolve(path: str | Path, base: str | Path | None = None,
     stands or relative to the adapter's folder. BadInput where a folder is missing, or where `base` is given
     for a full folder."""
     path = Path(path)
-    if not path.is_dir():
-        raise BadInput(f"{path}: there is no such folder")
     if not (path / "adapter_config.json").exists():
+        if not (path / "config.json").exists():
+            raise BadInput(what_instead(path))
         if base:
             raise BadInput(f"{flag} {base}: {path} is a full folder, which has no base; leave the flag out")
         return path.resolve(), None
@@ -309,17 +217,18 @@ def resolve(path: str | Path, base: str | Path | None = None,
         with suppress(OSError, ValueError):                        # the text cannot be a file's name
             if named and (candidate / "config.json").exists():
                 return candidate.resolve(), path
-    raise BadInput(f"{path}: its base model {named!r} is not there; name its folder with {flag}")
+    why = what_instead(Path(named)) if named else "adapter_config.json names none"
+    raise BadInput(f"{path}: its base model cannot be read ({why}); name its folder with {flag}")
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
                base: str | Path | None = None) -> Llama:
     """A Llama from any folder: a full one, or an adapter's, whose base is read and whose adapter is attached
     as "default" and in use."""
     full, adapter = resolve(path, base)
+    if adapter is not None and is_reward_adapter(adapter):
+        raise BadInput(f"{path}: is a reward model's adapter, not a language model's")
     model = Llama.from_pretrained(full, dtype, device)
     if adapter is not None:
-        if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
-            raise BadInput(f"{path}: is a reward model's adapter, not a language model's")
         load_adapter(model, adapter, "default")
         use_adapter(model, "default")
     return model
@@ -339,19 +248,18 @@ def save_model(model: nn.Module, out: str | Path, tokenizer_folder: str | Path, 
         (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
 
 # ------------------------------------------------------------ python lora.py
-def read_merged(full: Path, adapter: Path) -> tuple[nn.Module, str]:
-    """The model of a full folder with the adapter merged in, and its architecture for config.json."""
-    if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
-        # a reward model (reward.py): it has a score head instead of the vocabulary head
-        architecture = "LlamaForSequenceClassification"
+def read_merged(full: Path, adapter: Path) -> Llama:
+    """The model of a full folder with the adapter merged in."""
+    if is_reward_adapter(adapter):           # reward.py: a score head instead of the vocabulary head
         with torch.device("meta"):
             model = Llama(LlamaConfig.from_pretrained(full))
             model.lm_head, model.score = None, Linear(model.config.hidden_size, 1, bias=False)
+        model.architecture = "LlamaForSequenceClassification"
         load_weights(model, full, optional=["score.weight"])       # the adapter brings the score head
     else:
-        architecture, model = "LlamaForCausalLM", Llama.from_pretrained(full)
+        model = Llama.from_pretrained(full)
     load_adapter(model, adapter, "default")
-    return merge_lora(model, "default"), architecture
+    return merge_lora(model, "default")
 
 def main():
     parser = argparse.ArgumentParser(description="Merge an adapter into a full folder, in float32.")
@@ -364,9 +272,8 @@ def main():
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
     if Path(args.out).resolve() in (full, adapter.resolve()):
         raise BadInput(f"--out {args.out}: is a folder that is read; choose another")
-    model, architecture = read_merged(full, adapter)
-    save_weights(model, args.out, model.config.to_dict(architecture))
-    copy_tokenizer(adapter if (adapter / "tokenizer.model").exists() else full, args.out)
+    tokenizer_folder = adapter if (adapter / "tokenizer.model").exists() else full
+    save_model(read_merged(full, adapter), args.out, tokenizer_folder, full)
     for name in ("generation_config.json", "reward_stats.json"):
         if (adapter / name).exists():
             shutil.copy(adapter / name, args.out)

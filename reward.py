@@ -28,13 +28,13 @@ from llama import Linear, LlamaConfig, Transformer
 from lora import (
     add_lora_flags,
     load_adapter,
-    read_adapter_config,
     refuse_second_adapter,
     resolve,
     save_model,
     trainable,
     use_adapter,
 )
+from runtime.adapters import is_reward_adapter
 from runtime.checkpoint import Run, stoppable
 from runtime.engine import backward_and_step, engine_metrics, make_engine, save_whole
 from runtime.errors import BadInput
@@ -114,7 +114,7 @@ def load_reward_model(path: str | Path, dtype: torch.dtype = torch.float32,
     full, adapter = resolve(path, base)
     if adapter is None:
         return RewardModel.from_pretrained(full, dtype, device)
-    if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
+    if not is_reward_adapter(adapter):
         raise BadInput(f"{path}: is a language model's adapter, not a reward model; merge it with lora.py "
                        f"first")
     model = RewardModel(share.config, share) if share else RewardModel.from_pretrained(full, dtype, device)

@@ -1,4 +1,4 @@
-"""What the program says to a user who did something wrong."""
+"""What the program says to a user who did something wrong, or who should know something."""
 import functools
 import os
 import sys

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, note
+from runtime.foreign import contents, refuse_pointer, refuse_quantised
 
 MOST_JSON = 2**26                            # characters of a JSON file (64 MB): no config or index has more
 SHARD_BYTES = 5 * 10**9                      # of weights in one file
@@ -39,6 +40,7 @@ def read_json(path: str | Path) -> dict:
     except BadInput:                         # a BadInput is a ValueError too
         raise
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise BadInput(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
@@ -61,7 +63,8 @@ def find_tensors(path: str | Path) -> dict[str, Path]:
                     raise BadInput(f"{index}: names the shard {file!r}, which is not in the folder; copy it "
                                    f"again")
             return {name: path / str(file) for name, file in weight_map.items()}
-    raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in shards)")
+    raise BadInput(f"{path}: has no weights (model.safetensors, pytorch_model.bin, or one of them in "
+                   f"shards){contents(path)}")
 
 def tensor_names(file: Path) -> list[str]:
     """The names of the tensors in a weight file."""
@@ -78,9 +81,11 @@ def read_tensor(file: Path, name: str | None) -> Tensor | list[str]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)   # runs no pickled code
         return weights[name] if name else list(weights)
     except pickle.UnpicklingError:
+        refuse_pointer(file)
         raise BadInput(f"{file}: is damaged, or would run code when it is read; only weights are "
                        f"read") from None
     except Exception as error:               # torch.load raises errors of every kind on a damaged file
+        refuse_pointer(file)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{file}: cannot be read as weights ({first}); it is damaged, copy it again") from None
 
@@ -99,23 +104,45 @@ def load_weights(module: nn.Module, path: str | Path, dtype: torch.dtype = torch
             parameter.data.copy_(read_tensor(files[name], name))
     return module
 
-def check_weights(parameters, files, path):
-    """BadInput where a weight is missing, has no place in the network, or has another shape."""
+def check_weights(parameters: dict[str, Tensor], files: dict[str, Path], path: str | Path):
+    """BadInput where a weight is missing, has no place in the network, has another shape, or is quantised."""
+    refuse_quantised(path, files)
     if missing := sorted(set(parameters) - set(files)):
         hint = " (it is a reward model)" if "score.weight" in files else ""
         raise BadInput(f"{path}: lacks {len(missing)} of the weights it should hold, such as "
                        f"{missing[0]}{hint}")
+    if any(name.startswith("v_head.") for name in files):
+        note(f"{path}: holds a value head (v_head) beside the model, which is left out")
     # old folders hold the rotary table, folders with a tied head hold the head twice
     harmless = ("rotary_emb.inv_freq", "lm_head.weight")
-    if extra := [n for n in files if n not in parameters and not n.endswith(harmless)]:
+    if extra := [n for n in files if n not in parameters and not n.endswith(harmless)
+                 and not n.startswith("v_head.")]:
         raise BadInput(f"{path}: holds {len(extra)} weights that config.json has no place for, such as "
                        f"{extra[0]}")
     for name, parameter in parameters.items():
         tensor = read_tensor(files[name], name)                    # mapped: its numbers are not read yet
-        found, expected = tuple(getattr(tensor, "shape", ())), tuple(parameter.shape)
-        if found != expected or not tensor.is_floating_point():
-            dtype = getattr(tensor, "dtype", "no tensor")
-            raise BadInput(f"{files[name]}: {name} is {found} of {dtype}, config.json asks for {expected}")
+        check_tensor(tensor, files[name], name, parameter.shape, "config.json")
+    if read_json(Path(path) / "config.json").get("quantization_config"):
+        note(f"{path}/config.json: has a quantization_config, but the weights are plain; they are read as "
+             f"they are")
+
+def check_tensor(tensor: object, file: Path, name: str, shape: tuple[int, ...], asker: str):
+    """BadInput where what a file holds under a name is no tensor of real numbers of this shape, which `asker`
+    asks for."""
+    found, shape = tuple(getattr(tensor, "shape", ())), tuple(shape)
+    is_real = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    if is_real and found == shape:
+        return
+    if is_real and name.endswith("score.weight") and len(found) == 2 and found[0] > 1:
+        raise BadInput(f"{file}: {name} is {found}, a head of {found[0]} labels; a reward model has one: "
+                       f"train it again with num_labels=1 (transformers' default is 2)")
+    why = ""
+    if isinstance(tensor, Tensor) and not is_real:
+        why = "; quantised weights are not read (docs/data.md, Models that are read)"
+    elif 0 in found:
+        why = "; under ZeRO-3 weights are empty until they are gathered: gather them and save them again"
+    raise BadInput(f"{file}: {name} is {found} of {getattr(tensor, 'dtype', 'no tensor')}, {asker} asks for "
+                   f"{shape}{why}")
 
 # ------------------------------------------------------------ writing
 def save_weights(module: nn.Module, path: str | Path, config: dict):

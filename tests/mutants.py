@@ -33,6 +33,10 @@ TESTS = {
     "sft.py": ["test_sft.py"],
     "reward.py": ["test_reward.py"],
     "ppo.py": ["test_ppo.py", "test_runtime.py"],
+    "runtime/patterns.py": ["test_adapters.py"],
+    "runtime/foreign.py": ["test_foreign.py"],
+    "runtime/folders.py": ["test_foreign.py", "test_llama.py"],
+    "runtime/adapters.py": ["test_adapters.py"],
     "runtime/checkpoint.py": ["test_runtime.py"],
     "runtime/engine.py": ["test_runtime.py"],
     "runtime/flags.py": ["test_runtime.py"],
@@ -53,8 +57,9 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-ranks, engine, checkpoint, kinds = (
-    partial(Fault, f"runtime/{name}.py") for name in ("ranks", "engine", "checkpoint", "kinds"))
+patterns, foreign, folders, adapters, kinds, ranks, engine, checkpoint = (
+    partial(Fault, f"runtime/{name}.py")
+    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "ranks", "engine", "checkpoint"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -204,6 +209,30 @@ FAULTS = [
     lora("self.dropout[self.active], self.training", "self.dropout[self.active], True"),
     lora('and not key.startswith("score.")', ""),
     lora("name if name in layer.lora_A else None", "name if name in layer.lora_A else layer.active"),
+
+    # other people's adapters: which layers, which alpha, and what would change the result
+    adapters("for pattern in reversed(patterns)", "for pattern in patterns"),
+    adapters("path in targets or number(path) in layers", "number(path) in layers"),
+    adapters('- chosen(config.get("exclude_modules") or [])', ""),
+    adapters('- chosen(config.get("modules_to_save") or [])', ""),
+    adapters('{*linears} - {"lm_head"}', "{*linears}"),
+    adapters("layers not in (None, [])", "layers"),
+    adapters('"orthogonal", "mica"}', '"orthogonal", "mica", "pissa"}'),
+    adapters("torch.equal(tensor.to(own), own)", "True"),
+    adapters("own = torch.zeros_like(tensor)", "own = tensor"),
+    adapters("if layer not in named:", "if False:"),
+    adapters('adapters.get("default") or ', ""),
+    adapters('or "score.weight" in sort_tensors', 'or "score" in sort_tensors'),
+    patterns("whole[pattern].fullmatch(name)", "whole[pattern].match(name)"),
+
+    # other people's folders
+    folders("if is_real and found == shape:", "if found == shape:"),
+    folders("refuse_quantised(path, files)", "pass"),
+    foreign("is_main, int(number[0]) if number else -1", '0, number[0] if number else ""'),
+    llama("return self.max_sequence_length or int", "return int"),
+    llama('* self.rope_scaling["factor"])', ")"),
+    llama('raw.get("rope_scaling") or raw.get("rope_parameters")',
+          'raw.get("rope_parameters") or raw.get("rope_scaling")'),
 
     # the network: RMSNorm, rotary positions, cache, SwiGLU
     llama("keepdim=True) + self.eps)", "keepdim=True))"),

@@ -8,11 +8,14 @@ import sys
 
 import pytest
 import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import REPO, run_script, tiny_config
 from llama import Llama
 from lora import add_lora, save_adapter
 from reward import RewardModel
+from runtime.adapters import PREFIX
 from runtime.folders import copy_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -62,7 +65,7 @@ def paths(tmp_path_factory, base, pairs_file):
     """Folders and files by name: what a run needs, and each damaged in one way."""
     root = tmp_path_factory.mktemp("paths")
     names = ("adapter", "reward", "reward_adapter", "no_stats", "other_words", "large_tokenizer", "truncated",
-             "mismatching", "no_weights", "run")
+             "mismatching", "no_weights", "run", "two_labels", "two_labels_adapter", "pointer")
     paths = {"base": base, "pairs": pairs_file, "root": root, "nowhere": root / "nowhere"}
     paths |= {name: root / name for name in names}
 
@@ -84,7 +87,7 @@ def paths(tmp_path_factory, base, pairs_file):
         vocab_size=290, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         minloglevel=2, hard_vocab_limit=False)
 
-    for name in ("large_tokenizer", "truncated", "mismatching", "no_weights"):
+    for name in ("large_tokenizer", "truncated", "mismatching", "no_weights", "pointer"):
         shutil.copytree(base, paths[name])
     config = json.loads((base / "config.json").read_text())
     (paths["large_tokenizer"] / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
@@ -92,6 +95,11 @@ def paths(tmp_path_factory, base, pairs_file):
     weights = paths["truncated"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (paths["no_weights"] / "model.safetensors").unlink()
+    (paths["pointer"] / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, file, key in (("two_labels", "model.safetensors", "score.weight"),
+                            ("two_labels_adapter", "adapter_model.safetensors", f"{PREFIX}score.weight")):
+        shutil.copytree(paths["reward_adapter" if "adapter" in name else "reward"], paths[name])
+        save_file(load_file(paths[name] / file) | {key: torch.ones(2, 32)}, paths[name] / file)
     paths["run"].mkdir()
     (paths["run"] / "args.json").write_text("{}")
     (paths["run"] / "metrics.jsonl").write_text("what took days\n")
@@ -105,6 +113,7 @@ def paths(tmp_path_factory, base, pairs_file):
 
 
 GOOD = {
+    "lora.py": {},
     "sft.py": {"--model": "{base}", "--data": "{pairs}", "--max-len": 128, "--batch": 4, "--micro-batch": 2,
                "--split": "none"},
     "reward.py": {"--model": "{base}", "--data": "{pairs}", "--max-len": 128, "--batch": 4,
@@ -181,6 +190,17 @@ CASES = [
     ("ppo.py", {"--reward": "{no_stats}"}, "{no_stats}/reward_stats.json --reward-norm"),
     ("ppo.py", {"--reward": "{base}"}, "--reward {base} language model reward.py"),
     ("ppo.py", {"--reward": "{base}", "--reward-norm": "none"}, "--reward {base} language model reward.py"),
+    ("reward.py", {"--model": "{two_labels}"}, "{two_labels}/model.safetensors score.weight num_labels=1"),
+    ("ppo.py", {"--reward": "{two_labels}"}, "{two_labels}/model.safetensors score.weight num_labels=1"),
+    ("reward.py", {"--model": "{two_labels_adapter}"},
+     "{two_labels_adapter} score.weight (2, 32) num_labels=1"),
+    ("ppo.py", {"--reward": "{two_labels_adapter}", "--reward-norm": "none"},
+     "{two_labels_adapter} score.weight (2, 32) num_labels=1"),
+    ("lora.py", {"{two_labels_adapter}": ""}, "{two_labels_adapter} score.weight (2, 32) num_labels=1"),
+    ("lora.py", {"{base}": ""}, "{base} adapter_config.json nothing to merge"),
+    ("sft.py", {"--model": "{pointer}"}, "{pointer}/model.safetensors git lfs pull"),
+    ("sft.py", {"--model": "org/name"}, "org/name no such folder hf download"),
+    ("ppo.py", {"--actor": "{reward_adapter}"}, "{reward_adapter} score.weight language model"),
     ("ppo.py", {"--max-prompt": 250}, "{base} 258 --max-prompt --max-new 256"),
     ("sft.py", {"--max-len": 257}, "{base} 257 --max-len 256"),
     ("sft.py", {"--out": "{run}"}, "--out {run} --overwrite"),

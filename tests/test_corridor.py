@@ -12,7 +12,8 @@ import pytest
 from conftest import REPO
 
 SEVEN = ["llama", "lora", "data", "sft", "reward", "ppo", "chat"]
-CELLAR = ["errors", "speed", "folders", "rows", "kinds", "flags", "ranks", "engine", "log", "checkpoint"]
+CELLAR = ["errors", "speed", "patterns", "foreign", "folders", "adapters", "rows", "kinds", "flags", "ranks",
+          "engine", "log", "checkpoint"]
 ALLOWED = {**{name: SEVEN[:i] for i, name in enumerate(SEVEN)}, "chat": SEVEN[:3]}
 LATE = {"deepspeed", "matplotlib", "pyarrow", "tokenizers"}        # only inside the functions that use them
 

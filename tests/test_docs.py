@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 # [text](target), where text may hold `code`, but no brackets
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
-# flags of the deepspeed launcher
+# flags of the deepspeed launcher, and of hf
 FOREIGN = {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
            "--repo-type", "--local-dir"}
 

@@ -127,8 +127,8 @@ def damage_bytes(rng, content):
 
 
 ODD = [None, True, False, 0, 1, -1, 2, 10**9, 2**63, -2**63, 10**30, 0.5, 1e308, -0.0, float("nan"),
-       float("inf"), "", "x", "../../etc/passwd", "\0", "x" * 10_000, "\x1b[31m", "((a+)+)+", [], {}, [[]],
-       [None] * 100, {"a": 1}, "7", "-1"]
+       float("inf"), "", "x", "../../etc/passwd", "\0", "x" * 10_000, "\x1b[31m", "((a+)+)+", "(.*)*x", [],
+       {}, [[]], [None] * 100, {"a": 1}, "7", "-1"]
 
 
 def damage_json(rng, value):

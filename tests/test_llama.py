@@ -21,7 +21,7 @@ import llama
 import lora
 import stories260k
 from conftest import REPO, WORDS, tiny_config, tiny_llama
-from data import Tokenizer
+from data import Tokenizer, open_tokenizer
 from llama import BadInput, KVCache, Llama, LlamaConfig, rotate, sample
 from runtime import folders, speed
 
@@ -257,6 +257,58 @@ def test_keys_that_change_nothing_are_ignored_and_null_is_the_default(folder):
     assert asdict(after) == asdict(before) | {"num_key_value_heads": 4, "eos_token_id": [2, 3]}
 
 
+CONTEXTS = {                                 # keys of config.json, and the most tokens of a text
+    "plain": ({}, 256),
+    "the other key": ({"max_position_embeddings": None, "max_sequence_length": 512}, 512),
+    "neither": ({"max_position_embeddings": None}, 2048), "both": ({"max_sequence_length": 512}, 256),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 1024),
+    "linear, whole number": ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, 512),
+    "linear, by half": ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 640),
+    "linear, 5": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 1024),
+    "linear, with its length": ({"rope_scaling": {"type": "linear", "factor": 4.0},
+                                 "max_sequence_length": 900}, 900),
+    "linear, that length alone": ({"rope_scaling": {"type": "linear", "factor": 4.0},
+                                   "max_position_embeddings": None, "max_sequence_length": 900}, 900),
+    "linear, factor 1": ({"rope_scaling": {"type": "linear", "factor": 1.0}}, 256),
+    "null": ({"rope_scaling": None, "rope_parameters": None}, 256),
+    "default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 256),
+    "no type": ({"rope_parameters": {"rope_theta": 1e4}}, 256),
+    "llama3": ({"rope_scaling": LLAMA3}, 256),
+    "llama3, 5": ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_theta": None}, 256),
+    "no head_dim": ({"head_dim": None}, 256), "whole rotary factor": ({"partial_rotary_factor": 1.0}, 256),
+}
+
+
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_the_context_of_a_model_and_of_the_folder_written_from_it(folder, tokenizer_file, kind):
+    changes, context = CONTEXTS[kind]
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    if raw["max_position_embeddings"] is None:
+        del raw["max_position_embeddings"]   # transformers takes no null there
+    (folder / "config.json").write_text(json.dumps(raw))
+    config = LlamaConfig.from_pretrained(folder)
+    assert config.context == context
+    again = folder.with_name("again")
+    Llama.from_pretrained(folder).save_pretrained(again)
+    assert LlamaConfig.from_pretrained(again) == config
+    if raw.get("max_position_embeddings"):
+        assert json.loads((again / "config.json").read_text())["max_position_embeddings"] == 256
+    for path in (folder, again):             # transformers reads the same
+        check_against_transformers(path)
+        folders.copy_tokenizer(tokenizer_file.parent, path)
+        open_tokenizer(path, longest=context)
+        with pytest.raises(BadInput, match=f"{context + 1} tokens .* context is {context}$"):
+            open_tokenizer(path, longest=context + 1)
+
+
+@pytest.mark.parametrize("both", [{"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 100.0,
+                                   "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}])
+def test_of_both_spellings_of_the_rotary_scaling_the_older_counts_as_in_transformers(folder, both):
+    edit_config(folder, **both)
+    assert LlamaConfig.from_pretrained(folder).rope_scaling["factor"] == 4
+    check_against_transformers(folder)
+
+
 # -------------------------------------------------------------------------------------- formats of weights
 def to_bin(folder, shards=1):
     """Turns model.safetensors into pytorch_model.bin, or into shards of it with their index."""
@@ -362,11 +414,18 @@ def refused(folder, *words):
         ("model_type", None, "model_type"),
         ("hidden_act", "gelu", "gelu"),
         ("sliding_window", 4096, "sliding_window"),
-        ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
         ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "yarn"),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 100.0}}, "full_attention"),
+        ("rope_parameters", {"sliding_attention": {"rope_theta": 1e6}, "rope_theta": 1.0}, "sliding_"),
+        ("rope_scaling", {"rope_type": "longrope", "factor": 2.0}, "longrope"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 0}, "factor"),
+        ("max_sequence_length", "2048", "max_sequence_length"),
+        ("max_sequence_length", 0, "max_sequence_length"),
+        ("max_position_embeddings", -1, "max_position_embeddings"),
         ("rope_scaling", {"rope_type": "linear"}, "factor"),
         ("rope_scaling", {**LLAMA3, "low_freq_factor": None}, "low_freq_factor"),
         ("rope_scaling", {"rope_type": "linear", "factor": "4"}, "factor"),

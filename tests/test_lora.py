@@ -1,6 +1,7 @@
 """LoRA: against its definition, against PEFT in both directions, and what is refused."""
 import json
 import re
+import shutil
 import sys
 from argparse import Namespace
 
@@ -567,29 +568,6 @@ def test_pefts_reward_adapter_scores_here_as_there(base, tmp_path, options):
 
 
 # -------------------------------------------------------------------------------------- what is refused
-@pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("layers_to_transform", [0]),
-    ("layers_to_transform", 0), ("trainable_token_indices", [5]), ("modules_to_save", ["embed_tokens"]),
-    ("modules_to_save", ["score", "lm_head"]),
-    ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("fan_in_fan_out", True), ("lora_bias", True),
-    ("exclude_modules", ["v_proj"]), ("layer_replication", [[0, 2]]), ("an_option_of_tomorrow", 1)])
-def test_an_option_that_changes_the_result_is_refused_by_name(adapter, key, value):
-    edit_config(adapter, **{key: value})
-    with pytest.raises(BadInput, match=rf"adapter_config\.json.*{key}.*" + re.escape(repr(value))):
-        load_model(adapter)
-
-
-@pytest.mark.parametrize("options, key", [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
-                                          ({"layers_to_transform": [1]}, "layers_to_transform"),
-                                          ({"layers_to_transform": 0}, "layers_to_transform"),
-                                          ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-                                          ({"trainable_token_indices": [5]}, "trainable_token_indices")])
-def test_such_adapters_from_peft_itself_are_refused_by_name(base, tmp_path, options, key):
-    peft_model(base, **options).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match=key):
-        load_model(tmp_path, base=base)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -810,6 +788,26 @@ def test_lora_py_merges_a_reward_models_adapter(base, tmp_path, merge, kind, tie
     )
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     assert json.loads((tmp_path / "merged" / "reward_stats.json").read_text()) == {"mean": 1.5}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+                                     {"max_position_embeddings": None, "max_sequence_length": 512},
+                                     {"quantization_config": {"bits": 4}, "pretraining_tp": 1}], ids=str)
+@pytest.mark.parametrize("kind", ["language model", "reward model"])
+def test_lora_py_writes_the_config_that_the_trainers_write(base, tmp_path, merge, kind, changes):
+    """For the same base: merging an adapter, and training all weights."""
+    start = shutil.copytree(base, tmp_path / "start")
+    raw = json.loads((start / "config.json").read_text()) | changes
+    (start / "config.json").write_text(json.dumps({key: x for key, x in raw.items() if x is not None}))
+    model_class, load, task = ((Llama, load_model, "CAUSAL_LM") if kind == "language model" else
+                               (RewardModel, load_reward_model, "SEQ_CLS"))
+    save_model(model_class.from_pretrained(start), tmp_path / "trained", start, start)
+    save_adapter(with_adapter(load(start)), tmp_path / "adapter", "default", start, task)
+    merge(tmp_path / "adapter", "--out", tmp_path / "merged")
+    files = {name: {file.name for file in (tmp_path / name).iterdir()} for name in ("trained", "merged")}
+    assert files["trained"] == files["merged"] >= {"config.json", "model.safetensors", "tokenizer.model"}
+    for name in files["trained"] - {"model.safetensors"}:
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "trained" / name).read_bytes(), name
 
 
 def test_lora_py_takes_the_base_by_flag(base, adapter, tmp_path, merge):
