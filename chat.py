@@ -84,7 +84,7 @@ def answer(speaker: Speaker, turns: list[tuple[str, str]], args: Namespace,
         print("[the conversation is too long for this model; its oldest turns are left out]")
     ids, mask = (x.to(speaker.model.lm_head.weight.device) for x in collate_prompts([ids]))       # (1, P)
     steps = speaker.model.decode(ids, mask, args.max_tokens, args.temperature, top_p=args.top_p,
-                                 eos_id=speaker.tokenizer.eos_id, uniforms=uniforms.to(ids.device))
+                                 eos_id=speaker.tokenizer.eos_ids, uniforms=uniforms.to(ids.device))
     return stream_text(speaker.tokenizer, (int(step) for step in steps))
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
@@ -92,7 +92,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     ids can change it: they may complete a character, or STOP."""
     answer_ids, shown = [], 0                # shown: how many characters have been yielded
     for token in ids:
-        is_eos = token == tokenizer.eos_id
+        is_eos = token in tokenizer.eos_ids
         if not is_eos:
             answer_ids.append(token)
         text = tokenizer.decode(answer_ids)

@@ -23,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import torch
 from torch import Tensor
 
@@ -34,63 +33,70 @@ from runtime.folders import read_json
 from runtime.kinds import Turns, check_columns, read_examples
 from runtime.ranks import say
 from runtime.rows import data_files
-
-MAX_TOKENIZER_BYTES = 2**28                  # a tokenizer.model: it may be a file of weights by mistake
+from runtime.tokenizer_read import JsonTokenizer, choose_tokenizer, read_tokenizer
 
 # ------------------------------------------------------------ tokenizer
 class Tokenizer:
-    """A SentencePiece tokenizer.model, given as the file or as its folder. The model names BOS and EOS."""
+    """The tokenizer of a model's folder, or of a file: SentencePiece's tokenizer.model where there is one,
+    else tokenizer.json. In training eos_id ends an answer; a sampled one ends at any of eos_ids.
+    model_folder: the base, which may name some of them, where an adapter brings the tokenizer."""
 
-    def __init__(self, path: str | Path):
-        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-        try:
-            if file.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise OSError
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            self.vocab_size = len(self.model)
-            self.pieces()                    # raises ValueError where a piece is not UTF-8
-        except (OSError, RuntimeError, ValueError):      # ValueError: also a null character in the path
-            found = "is not a SentencePiece model" if file.exists() else "there is no such file"
-            raise BadInput(f"{file}: {found}; a LLaMA folder brings its tokenizer.model") from None
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise BadInput(f"{file}: has no BOS or no EOS; a LLaMA tokenizer has both")
+    def __init__(self, path: str | Path, model_folder: str | Path | None = None):
+        files = read_tokenizer(path, model_folder)
+        self.model = JsonTokenizer(files) if isinstance(files.model, dict) else files.model
+        self.file, self.vocab_size = files.file, len(files.pieces)
+        self.bos_id, self.eos_id, self.pad_id = files.bos_id, files.eos_ids[0], files.pad_id
+        self.eos_ids = files.eos_ids
+        # SentencePiece puts a space before every text and takes it away in decode; byte-level BPE does
+        # neither
+        self.puts_space = self.encode("a") + self.encode("b") == self.encode("a b")
+        self.keeps_space = self.model.decode(self.encode_answer("a")) == " a"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS and EOS. SentencePiece puts a space before every text that it encodes.
-        That is why the template has no space after "Assistant:": the answer, encoded apart, brings this space
-        itself, and prompt and answer encoded apart are the ids of "prompt answer" encoded at once."""
+        """Ids of a text, without BOS and EOS. Special tokens that are written in the text are plain text."""
         # JSON can hold half of a surrogate pair, which is not a character; "?" takes its place
         return self.model.encode(text.encode("utf-8", "replace").decode())
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of the answer to a prompt. The space between them belongs to the answer's first token. That is
+        why the template has none after "Assistant:", and why prompt and answer encoded apart are the ids of
+        "prompt answer" encoded at once."""
+        text = text.strip()
+        return self.encode(text if self.puts_space or not text else f" {text}")
+
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, without the space that encode puts before it."""
-        return self.model.decode(ids)
+        """The text of ids, without the space before an answer. Special ids give nothing."""
+        text = self.model.decode(ids)
+        return text.removeprefix(" ") if self.keeps_space else text
 
     def pieces(self) -> list[str]:
-        """All tokens as text, in the order of their ids. Two tokenizers are the same if their pieces are
-        equal."""
+        """All tokens as text, in the order of their ids."""
         return self.model.id_to_piece(list(range(self.vocab_size)))
+
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether both have the same pieces, BOS and EOS, so that ids mean the same to their models."""
+        return (self.bos_id, self.eos_id, self.pieces()) == (other.bos_id, other.eos_id, other.pieces())
 
 def open_tokenizer(path: str | Path, base: str | None = None,
                    longest: int = 0) -> tuple[Tokenizer, LlamaConfig, Path]:
     """(tokenizer, config, the tokenizer's folder) of a model folder. An adapter's own tokenizer comes before
-    that of its base. The config returned has the tokenizer's BOS and EOS. BadInput where the tokenizer has
-    more tokens than the network, or the network's context is below `longest` tokens."""
+    that of its base. The config returned has the tokenizer's BOS, EOS and pad. BadInput where the tokenizer
+    has more tokens than the network, or the network's context is below `longest` tokens."""
     full, adapter = resolve(path, base)
-    folder = adapter if adapter is not None and (adapter / "tokenizer.model").exists() else full
-    tokenizer, config = Tokenizer(folder), LlamaConfig.from_pretrained(full)
+    folder = choose_tokenizer(full, adapter)
+    tokenizer, config = Tokenizer(folder, full), LlamaConfig.from_pretrained(full)
     if tokenizer.vocab_size > config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} words, the weights in {full} "
                        f"only {config.vocab_size}; they do not belong together")
     if longest > config.context:
         raise BadInput(f"{full}: {longest} tokens are asked for (--max-len, --max-prompt + --max-new, or "
                        f"--max-tokens), the model's context is {config.context}")
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    if (bos, eos) != (config.bos_token_id, config.eos_token_id):
+    bos, eos, ends = tokenizer.bos_id, tokenizer.eos_id, config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if bos != config.bos_token_id or eos not in ends or any(end not in tokenizer.eos_ids for end in ends):
         note(f"{full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
-              f"tokenizer.model has {bos}, {eos}, which are used")
-    config.bos_token_id, config.eos_token_id = bos, eos
+             f"{tokenizer.file.name} has {bos}, {eos}, which are used")
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = bos, eos, tokenizer.pad_id
     return tokenizer, config, folder
 
 # ------------------------------------------------------------ template
@@ -248,9 +254,12 @@ def fit_prompt(tokenizer: Tokenizer, turns: Turns, room: int) -> tuple[list[int]
     return ids, (["prompts that lost their oldest turns"] if lost_turns else []) + (
         ["prompts that lost their system text"] if lost_system else [])
 
-def encode_answer(tokenizer: Tokenizer, answer: str | None) -> list[int]:
-    """Ids of an answer and EOS; EOS alone where there is none."""
-    return tokenizer.encode((answer or "").strip()) + [tokenizer.eos_id]
+def encode_answer(tokenizer: Tokenizer, record: Record, answer: str | None) -> list[int]:
+    """Ids of an answer of the record and EOS; EOS alone where there is none. A text without a prompt gets no
+    space before it."""
+    answer = (answer or "").strip()
+    ids = tokenizer.encode_answer(answer) if record.turns else tokenizer.encode(answer)
+    return ids + [tokenizer.eos_id]
 
 def encode_prompt(tokenizer: Tokenizer, record: Record, max_len: int,
                   tally: Counter | None = None) -> list[int] | None:
@@ -270,7 +279,7 @@ def encode_sft(tokenizer: Tokenizer, record: Record, max_len: int,
     before the answer is. An answer that is still too long is cut and gets no EOS: the model must not learn to
     stop in mid-sentence."""
     tally = Counter() if tally is None else tally
-    answer = encode_answer(tokenizer, record.chosen)
+    answer = encode_answer(tokenizer, record, record.chosen)
     prompt, lost = fit_prompt(tokenizer, record.turns, max_len - len(answer))
     if len(answer) == 1 or len(prompt) >= max_len:
         why = "no answer" if len(answer) == 1 else "the last question does not fit"
@@ -285,7 +294,8 @@ def encode_pair(tokenizer: Tokenizer, record: Record, max_len: int,
     """(chosen_ids, rejected_ids, n_prompt), or None. Both have the same prompt, shortened for the longer
     answer. No answer is cut: the reward model must judge whole answers."""
     tally = Counter() if tally is None else tally
-    chosen, rejected = (encode_answer(tokenizer, answer) for answer in (record.chosen, record.rejected))
+    chosen, rejected = (encode_answer(tokenizer, record, answer)
+                        for answer in (record.chosen, record.rejected))
     room = max_len - max(len(chosen), len(rejected))
     prompt, lost = fit_prompt(tokenizer, record.turns, room)
     empty, same = min(len(chosen), len(rejected)) == 1, chosen == rejected

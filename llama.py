@@ -50,6 +50,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
+    pad_token_id: int | None = 0             # for transformers alone: here the mask tells what is padding
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -96,12 +97,14 @@ class LlamaConfig:
 
     def to_dict(self, architecture: str = "LlamaForCausalLM", dtype: torch.dtype = torch.float32) -> dict:
         """The dictionary for config.json, with the keys of transformers 4, which transformers 5 reads too."""
-        # transformers takes the score at the last id that is not the pad id. With EOS as pad it would miss
-        # the end of every answer, so pad is the unknown word.
-        labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}
-        return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **asdict(self),
-                "torch_dtype": str(dtype).removeprefix("torch."),
-                **(labels if "Classification" in architecture else {})}
+        config = {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu",
+                  **asdict(self), "torch_dtype": str(dtype).removeprefix("torch.")}
+        if "Classification" in architecture:
+            # transformers takes the score at the last id that is not the pad id. With EOS as pad it would
+            # miss the end of every answer, so pad is another token, such as the unknown word.
+            return config | {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        del config["pad_token_id"]           # of a language model, transformers would hide it in prompts
+        return config
 
 # The largest values that are accepted from a config.json. They are far above those of any LLaMA; without
 # them, a damaged or malicious file could make this program ask for more memory than the machine has.

@@ -26,8 +26,10 @@ from llama import Linear, Llama, LlamaConfig
 from runtime.adapters import PREFIX, is_reward_adapter, matches, read_adapter, read_adapter_config
 from runtime.errors import BadInput, exit_with_one_line
 from runtime.flags import Flags, number
-from runtime.folders import copy_tokenizer, load_weights
+from runtime.folders import load_weights
 from runtime.foreign import what_instead
+from runtime.tokenizer_read import choose_tokenizer, read_tokenizer
+from runtime.tokenizer_write import copy_tokenizer, save_generation_config
 
 def add_lora_flags(flags: Flags, dropout: bool = False):
     """Adds the flags of a new adapter. dropout: --lora-dropout is one of them."""
@@ -242,10 +244,10 @@ def save_model(model: nn.Module, out: str | Path, tokenizer_folder: str | Path, 
         save_adapter(model, out, adapter, base, "SEQ_CLS" if is_reward_model else "CAUSAL_LM")
     else:
         model.save_pretrained(out)
-    copy_tokenizer(tokenizer_folder, out)
+    files = copy_tokenizer(tokenizer_folder, out, base)
     if not is_reward_model:
-        ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-        (Path(out) / "generation_config.json").write_text(json.dumps(ids) + "\n")
+        save_generation_config(out, model.config.bos_token_id,
+                               [model.config.eos_token_id, *files.eos_ids[1:]])
 
 # ------------------------------------------------------------ python lora.py
 def read_merged(full: Path, adapter: Path) -> Llama:
@@ -272,11 +274,13 @@ def main():
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
     if Path(args.out).resolve() in (full, adapter.resolve()):
         raise BadInput(f"--out {args.out}: is a folder that is read; choose another")
-    tokenizer_folder = adapter if (adapter / "tokenizer.model").exists() else full
-    save_model(read_merged(full, adapter), args.out, tokenizer_folder, full)
-    for name in ("generation_config.json", "reward_stats.json"):
-        if (adapter / name).exists():
-            shutil.copy(adapter / name, args.out)
+    tokenizer_folder = choose_tokenizer(full, adapter)
+    files, model = read_tokenizer(tokenizer_folder, full), read_merged(full, adapter)
+    model.config.bos_token_id, model.config.eos_token_id = files.bos_id, files.eos_ids[0]
+    model.config.pad_token_id = files.pad_id
+    save_model(model, args.out, tokenizer_folder, full)
+    if (adapter / "reward_stats.json").exists():
+        shutil.copy(adapter / "reward_stats.json", args.out)
     print(f"merged {adapter} and {full} into {args.out}")
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from data import (
     open_tokenizer,
     stream,
 )
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, is_eos
 from lora import add_lora, add_lora_flags, load_adapter, resolve, save_model, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
 from runtime.checkpoint import Run, stoppable
@@ -377,12 +377,12 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     watch wraps the loops over tokens and micro-batches, so that a signal can stop them; iter does nothing."""
     ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].network.lm_head.weight.device)
     response, response_mask = roles["actor"].activate().generate(
-        ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_id, uniforms=uniforms,
+        ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_ids, uniforms=uniforms,
         together=args.zero_stage == 3, watch=watch)
     response, response_mask = pad_to_longest(response), pad_to_longest(response_mask)   # (B,R) on all ranks
     per_token = torch.zeros(3, *response.shape, device=ids.device)
     mine = Rollout(torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), response_mask,
-                   start=ids.shape[1], ended=((response == tokenizer.eos_id) & response_mask).any(1),
+                   start=ids.shape[1], ended=(is_eos(response, tokenizer.eos_ids) & response_mask).any(1),
                    raw_score=torch.zeros(len(ids), device=ids.device), old_logp=per_token[0],
                    ref_logp=per_token[1], values=per_token[2])
     for rows in watch(mine.mask.sum(1).argsort().split(args.micro_batch)):     # like lengths: little padding
@@ -595,7 +595,7 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
     longest = args.max_prompt + args.max_new
     tokenizer, config, tokenizer_folder = open_tokenizer(args.actor, args.base, longest)
     reward_tokenizer, reward_config, _ = open_tokenizer(args.reward, args.reward_base, longest)
-    if reward_tokenizer.pieces() != tokenizer.pieces():
+    if not tokenizer.is_same(reward_tokenizer):
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
                        f"base")
     tally = Counter()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from llama import Llama, LlamaConfig  # noqa: E402
 from lora import add_lora, load_model, save_adapter  # noqa: E402
 from reward import RewardModel  # noqa: E402
-from runtime.folders import copy_tokenizer  # noqa: E402
+from runtime.tokenizer_write import copy_tokenizer  # noqa: E402
 
 # C, inner size, layers, heads
 SIZES = {"2M": (64, 172, 4, 4), "15M": (288, 768, 6, 6), "110M": (768, 2048, 12, 12)}

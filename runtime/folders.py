@@ -1,4 +1,4 @@
-"""Hugging Face folders, and the OUT/ folder of a run: reading and writing weights, JSON and tokenizer files.
+"""Hugging Face folders, and the OUT/ folder of a run: reading and writing weights and JSON.
 
 What others made is read within bounds and never run: a file is looked at before memory is taken for it, and a
 pickle is read only as weights. A disk that is full, or a folder that may not be written, is BadInput in one
@@ -170,20 +170,6 @@ def save_weights(module: nn.Module, path: str | Path, config: dict):
         index = {"metadata": {"total_size": sum(p.nbytes for shard in shards for _, p in shard)},
                  "weight_map": {name: file for file, shard in files.items() for name, _ in shard}}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-def copy_tokenizer(source: str | Path, path: str | Path):
-    """Copies the tokenizer's files. Where tokenizer_config.json is missing it is written, so that
-    AutoTokenizer gives the same ids."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                 "tokenizer.json"):
-        if (Path(source) / name).exists():
-            (path / name).write_bytes((Path(source) / name).read_bytes())
-    if not (path / "tokenizer_config.json").exists():
-        (path / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-            "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}, indent=2) + "\n")
 
 @contextmanager
 def writing(path: object, needed: int = 0, flag: str = ""):

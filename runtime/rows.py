@@ -45,7 +45,7 @@ def data_files(path: str | Path) -> list[Path]:
     others = [file.name for file in inside if OTHERS.search(file.name) and file not in files]
     if not files:
         hint = "; load it with datasets and save it by to_parquet" if any(path.rglob("*.arrow")) else ""
-        raise BadInput(f"{path}: is a folder without data files (.json, .jsonl, .parquet){hint}")
+        raise BadInput(f"{path}: cannot be read: a folder without data files (.json, .jsonl, .parquet){hint}")
     if others:
         note(f"{path}: files that are not read: {', '.join(others[:10])}")
     splits, snapshots, stems = {}, set(), {}
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     except BadInput:
         raise
     except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file{hub_hint(path)}") from None
+        raise BadInput(f"{path}: cannot be read: there is no such file{hub_hint(path)}") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

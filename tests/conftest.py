@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 
 from llama import Llama, LlamaConfig
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 
 torch.set_num_threads(1)                     # tiny matrices: threads would only wait for each other
 

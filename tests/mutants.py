@@ -27,9 +27,9 @@ TIMEOUT = 300                                # seconds: a fault that makes the t
 
 # The test files that matter for a file with a fault; those of all files where it is not named here.
 TESTS = {
-    "data.py": ["test_data.py"],
+    "data.py": ["test_data.py", "test_tokenizer.py"],
     "llama.py": ["test_llama.py", "test_reward.py"],
-    "lora.py": ["test_lora.py"],
+    "lora.py": ["test_lora.py", "test_tokenizer.py"],
     "sft.py": ["test_sft.py"],
     "reward.py": ["test_reward.py"],
     "ppo.py": ["test_ppo.py", "test_runtime.py"],
@@ -42,6 +42,7 @@ TESTS = {
     "runtime/flags.py": ["test_runtime.py"],
     "runtime/kinds.py": ["test_kinds.py", "test_data.py"],
     "runtime/ranks.py": ["test_runtime.py"],
+    **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
 }
 
 
@@ -57,16 +58,17 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-patterns, foreign, folders, adapters, kinds, ranks, engine, checkpoint = (
+patterns, foreign, folders, adapters, kinds, ranks, engine, checkpoint, read, convert, write = (
     partial(Fault, f"runtime/{name}.py")
-    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "ranks", "engine", "checkpoint"))
+    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "ranks", "engine", "checkpoint",
+                 "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
     data("~mask | (torch.arange(ids.shape[1]) < n_prompt)", "~mask"),
     data("(torch.arange(ids.shape[1]) < n_prompt)", "(torch.arange(ids.shape[1]) <= n_prompt)"),
     data("~mask | (torch.arange", "(torch.arange"),
-    data(".strip()) + [tokenizer.eos_id]", ".strip())"),
+    data("return ids + [tokenizer.eos_id]", "return ids"),
     llama("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0"),
     llama("& mask[:, None, None, :]", "& torch.ones_like(mask)[:, None, None, :]"),
     llama("(columns <= rows)", "(columns <= rows + 1)"),
@@ -80,7 +82,7 @@ FAULTS = [
     ppo("(ratio * mask).sum()", "ratio.sum()"),
     ppo("(returns - values)[mask].double()", "(returns - values).double()"),
     ppo("= values * mb.response_mask", "= values"),
-    ppo("((response == tokenizer.eos_id) & response_mask).any(1)", "~response_mask.all(1)"),
+    ppo("(is_eos(response, tokenizer.eos_ids) & response_mask).any(1)", "~response_mask.all(1)"),
 
     # shifts: column t predicts token t + 1, a value stands before its token, a score at the last token
     sft("at=F.pad(has_label, (0, 1))", "at=F.pad(has_label, (1, 0))"),
@@ -243,7 +245,7 @@ FAULTS = [
     llama("cache.length = S", "cache.length = T"),
     llama("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     llama("cache.keep(keep)", "cache.keep(torch.arange(len(keep)))"),
-    llama('"pad_token_id": 0', '"pad_token_id": 2'),
+    llama('pad_token_id: int | None = 0', 'pad_token_id: int | None = 2'),
 
     # sampling
     llama("logits < smallest", "logits <= smallest"),
@@ -275,6 +277,35 @@ FAULTS = [
     kinds("turns + said[-1:]", "turns + said"),
     kinds("if name not in columns.values()", "if name in columns.values()"),
     kinds('for gap in ("\\n\\n", "\\n", "")', 'for gap in ("\\n", "")'),
+
+    # tokenizers: the space before an answer, special tokens, which ids end an answer, what transformers reads
+    data('text if self.puts_space or not text else f" {text}"', "text"),
+    data("tokenizer.encode_answer(answer) if record.turns else", "tokenizer.encode_answer(answer) if 1 else"),
+    data('text.removeprefix(" ") if self.keeps_space else text', "text"),
+    data("eos not in ends or any(end not in tokenizer.eos_ids for end in ends)", "eos not in ends"),
+    ppo("args.temperature, eos_id=tokenizer.eos_ids", "args.temperature, eos_id=tokenizer.eos_id"),
+    lora("[model.config.eos_token_id, *files.eos_ids[1:]]", "[model.config.eos_token_id]"),
+    lora("= files.bos_id, files.eos_ids[0]", "= model.config.bos_token_id, model.config.eos_token_id"),
+    read("i is not None and i not in self.eos_ids", "i is not None"),
+    read("dict.fromkeys([eos_id, *others])", "dict.fromkeys([*others, eos_id])"),
+    read('token.get("content") if isinstance(token, dict) else token', 'token.get("content")'),
+    read('if token.get("special") or token["id"] in others', 'if token.get("special")'),
+    read("if renamed.keys().isdisjoint(parts(merge))", "if True"),
+    read('"dropout": None}, raw', '"dropout": raw["model"].get("dropout")}, raw'),
+    read("[[renamed.get(piece, piece), score]", "[[piece, score]"),
+    read('f.read(1000)', 'f.read(4)'),
+    convert("(-scores[i], i,", "(scores[i], i,"),
+    convert("if kinds[i] == NORMAL", "if True"),
+    convert("key=len, reverse=True", "key=len"),
+    convert("if last(normalizer, 3, 1):", "if True:"),
+    convert("if last(normalizer, 4, 1):", "if False:"),
+    convert("decoders if puts_space else decoders[:3]", "decoders[:3]"),
+    write("key not in NOT_KEPT and not", "not"),
+    write("[token for token in value if is_known(token)]", "value"),
+    write("\" ~ ' '\" * (spaces == [\" \"])", '""'),
+    write("if loop.last and not add_generation_prompt", "if not add_generation_prompt"),
+    write('"add_prefix_space": prefix_space(content)', '"split_special_tokens": True'),
+    write("(path / name).unlink(missing_ok=True)", "pass"),
 
     # the engine: schedule, weight decay, gradients that are not finite
     engine("return (done + 1) / warmup", "return done / warmup"),

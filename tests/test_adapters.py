@@ -17,8 +17,8 @@ from lora import load_adapter, load_model, save_adapter, use_adapter
 from reward import RewardModel, load_reward_model
 from runtime import patterns
 from runtime.adapters import by_pattern, named_layers, plain_name
-from runtime.folders import copy_tokenizer
 from runtime.patterns import match_names
+from runtime.tokenizer_write import copy_tokenizer
 from test_lora import (
     IDS,
     MASK,

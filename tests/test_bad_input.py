@@ -16,7 +16,7 @@ from llama import Llama
 from lora import add_lora, save_adapter
 from reward import RewardModel
 from runtime.adapters import PREFIX
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 
 pytestmark = pytest.mark.slow
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -26,21 +26,23 @@ from llama import BadInput, Llama
 from lora import add_lora, lora_layers, save_adapter
 from reward import RewardModel
 from runtime import flags
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
+from tokenizer_kinds import make
 
 SHORT = ("--max-tokens", "12", "--temperature", "0")               # the tiny model's context is 256
 
 
-@pytest.fixture(params=["tiny", "llama2"], scope="module")
-def tokenizer(request):
-    return Tokenizer(
-        request.getfixturevalue("tokenizer_file") if request.param == "tiny" else real("llama2-tokenizer")
-    )
+@pytest.fixture(params=["sentencepiece", "converted", "byte-level", "prefix space", "llama 3", "llama2"],
+                scope="module")
+def tokenizer(request, tmp_path_factory, tokenizer_file):
+    if request.param == "llama2":
+        return Tokenizer(real("llama2-tokenizer"))
+    return Tokenizer(make(request.param, tmp_path_factory.mktemp("tokenizer"), tokenizer_file))
 
 
 def streamed(tokenizer, text, ended=True):
-    """The pieces in which the ids of a text come."""
-    return list(chat.stream_text(tokenizer, iter(tokenizer.encode(text) + [tokenizer.eos_id] * ended)))
+    """The pieces in which the ids of an answer come."""
+    return list(chat.stream_text(tokenizer, iter(tokenizer.encode_answer(text) + [tokenizer.eos_id] * ended)))
 
 
 # -------------------------------------------------------------------------------------- how text streams
@@ -55,13 +57,13 @@ TEXTS = [
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_pieces_together_are_the_decoded_text(text, ended, tokenizer):
-    expected = tokenizer.decode(tokenizer.encode(text)).split("\n\nHuman:")[0]
+    expected = text.strip().split("\n\nHuman:")[0]
     assert "".join(streamed(tokenizer, text, ended)) == expected
 
 
 def test_text_comes_as_soon_as_it_is_certain(tokenizer):
     pieces = streamed(tokenizer, "the cat sat on a red mat")
-    assert len(pieces) == len(tokenizer.encode("the cat sat on a red mat")) + 1 and all(pieces[:-1])
+    assert len(pieces) == len(tokenizer.encode_answer("the cat sat on a red mat")) + 1 and all(pieces[:-1])
 
 
 def test_a_character_of_several_tokens_is_never_shown_in_part(tokenizer):
@@ -71,7 +73,7 @@ def test_a_character_of_several_tokens_is_never_shown_in_part(tokenizer):
 
 
 def test_an_answer_ends_where_the_model_begins_to_speak_for_the_human(tokenizer):
-    ids = iter(tokenizer.encode("so it is\n\nHuman: and why?\n\nAssistant: no"))
+    ids = iter(tokenizer.encode_answer("so it is\n\nHuman: and why?\n\nAssistant: no"))
     shown = ""
     for piece in chat.stream_text(tokenizer, ids):
         shown += piece
@@ -85,6 +87,13 @@ def test_an_answer_ends_at_eos(tokenizer):
     assert "".join(chat.stream_text(tokenizer, ids)) == "so"
     assert list(ids) == tokenizer.encode("never shown")
     assert "".join(chat.stream_text(tokenizer, iter([tokenizer.eos_id]))) == ""
+
+
+def test_an_answer_ends_at_any_of_several_ids(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    tokenizer = Tokenizer(make("byte-level", tmp_path, None))
+    for end in (0, 2):
+        assert "".join(chat.stream_text(tokenizer, iter([*tokenizer.encode_answer("so"), end, 9]))) == "so"
 
 
 def test_control_characters_that_could_take_over_the_terminal_are_left_out(tokenizer):

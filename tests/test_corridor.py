@@ -12,8 +12,9 @@ import pytest
 from conftest import REPO
 
 SEVEN = ["llama", "lora", "data", "sft", "reward", "ppo", "chat"]
-CELLAR = ["errors", "speed", "patterns", "foreign", "folders", "adapters", "rows", "kinds", "flags", "ranks",
-          "engine", "log", "checkpoint"]
+CELLAR = ["errors", "speed", "patterns", "foreign", "folders", "adapters", "tokenizer_read",
+          "tokenizer_convert", "tokenizer_write", "rows", "kinds", "flags", "ranks", "engine", "log",
+          "checkpoint"]
 ALLOWED = {**{name: SEVEN[:i] for i, name in enumerate(SEVEN)}, "chat": SEVEN[:3]}
 LATE = {"deepspeed", "matplotlib", "pyarrow", "tokenizers"}        # only inside the functions that use them
 

@@ -33,9 +33,9 @@ from data import (
     stream,
 )
 from runtime.errors import BadInput
-from runtime.folders import copy_tokenizer
 from runtime.kinds import parse_turns
 from runtime.rows import data_sizes
+from runtime.tokenizer_write import copy_tokenizer
 
 ASK = [("Human", "why?")]
 ASK_KINDLY = [("System", "Be kind."), ("Human", "why?")]
@@ -238,7 +238,8 @@ def test_a_file_without_readable_rows_is_an_error_that_names_it(content, tmp_pat
         read_records(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("name, why", [("nowhere.jsonl", "no such file"), (".", "without data files")])
+@pytest.mark.parametrize("name, why", [("nowhere.jsonl", "cannot be read: there is no such file"),
+                                       (".", "cannot be read: a folder without data files")])
 def test_a_file_that_is_not_there_or_a_folder_without_data_is_an_error(name, why, tmp_path):
     with pytest.raises(BadInput, match=why):
         read_records(tmp_path / name)

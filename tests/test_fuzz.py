@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 
 import ppo
 from conftest import REPO, tiny_config
-from data import open_tokenizer, read_records
+from data import Tokenizer, open_tokenizer, read_records
 from llama import Llama, LlamaConfig
 from lora import add_lora, load_model, save_adapter
 from reward import RewardModel, load_reward_model
 from runtime import folders
 from runtime.checkpoint import Run
 from runtime.errors import BadInput
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
+from tokenizer_kinds import make
 
 MAKE_ROW = {
     "rm-static": lambda i: {"prompt": f"\n\nHuman: why {i}?\n\nAssistant:", "chosen": f" so {i}",
@@ -81,6 +82,10 @@ def whole(tmp_path_factory, base, monkeypatch_module):
     RewardModel(tiny_config()).save_pretrained(root / "reward")
     copy_tokenizer(base, root / "reward")
     (root / "reward" / "reward_stats.json").write_text('{"mean": 0.5, "std": 1.5}')
+    for kind in ("byte-level", "unigram"):
+        shutil.copytree(base, root / kind, ignore=shutil.ignore_patterns("tokenizer*"))
+        make(kind, root / kind, None)
+        (root / kind / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (root / "data").mkdir()
     for kind, rows in ROWS.items():
         (root / "data" / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -228,7 +233,13 @@ def read_tokenizer(folder):
     ids = tokenizer.encode("Human: why is the sky blue?")
     assert all(0 <= i < tokenizer.vocab_size <= config.vocab_size for i in ids)
     assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.pieces()) == tokenizer.vocab_size
-    assert all(0 <= i < tokenizer.vocab_size for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ends, pieces = {tokenizer.bos_id, tokenizer.eos_id}, tokenizer.pieces()
+    assert all(0 <= i < tokenizer.vocab_size for i in {tokenizer.pad_id, *ends, *tokenizer.eos_ids})
+    assert ends.isdisjoint(tokenizer.encode("why" + "".join(pieces[i] for i in ends)))
+    copy_tokenizer(folder, folder / "out")   # what could be read can be written, and is read alike
+    again = Tokenizer(folder / "out", folder)
+    assert again.is_same(tokenizer) and again.encode("why is the sky blue?") == tokenizer.encode(
+        "why is the sky blue?")
 
 
 def read_data(file):
@@ -261,6 +272,8 @@ READERS = [  # (what is damaged, in which folder, how it is read)
     ("pytorch_model.bin", "bin", read_model), ("adapter_config.json", "adapter", read_adapter),
     ("adapter_model.safetensors", "adapter", read_adapter), ("tokenizer.model", "model", read_tokenizer),
     ("config.json", "model", read_tokenizer), ("model.safetensors", "reward", read_reward),
+    *[("tokenizer.json", kind, read_tokenizer) for kind in ("byte-level", "unigram")],
+    *[(name, "byte-level", read_tokenizer) for name in ("tokenizer_config.json", "generation_config.json")],
     ("reward_stats.json", "reward", read_reward), ("manifest.json", "checkpoints/step-3", read_manifest),
     ("rank-0.pt", "checkpoints/step-3", read_manifest),
     *[(f"{kind}.jsonl", "data", read_data) for kind in ROWS], ("array.json", "data", read_data),

@@ -409,7 +409,7 @@ def test_what_is_missing_or_left_out_of_a_folder_is_said(tmp_path, notes):
     (tmp_path / "b.csv").write_text("prompt\nwhy?\n")
     assert read_records(tmp_path) == [Record(ASK)] and "files that are not read: b.csv" in notes()
     (tmp_path / "c.jsonl").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match="c.jsonl: there is no such file"):
+    with pytest.raises(BadInput, match="c.jsonl: cannot be read: there is no such file"):
         read_records(tmp_path)
 
 

@@ -24,6 +24,7 @@ from conftest import REPO, WORDS, tiny_config, tiny_llama
 from data import Tokenizer, open_tokenizer
 from llama import BadInput, KVCache, Llama, LlamaConfig, rotate, sample
 from runtime import folders, speed
+from runtime.tokenizer_write import copy_tokenizer
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 # over the 8 dimensions of a tiny head: one wave is kept, one blended, two are slowed
@@ -295,7 +296,7 @@ def test_the_context_of_a_model_and_of_the_folder_written_from_it(folder, tokeni
         assert json.loads((again / "config.json").read_text())["max_position_embeddings"] == 256
     for path in (folder, again):             # transformers reads the same
         check_against_transformers(path)
-        folders.copy_tokenizer(tokenizer_file.parent, path)
+        copy_tokenizer(tokenizer_file.parent, path)
         open_tokenizer(path, longest=context)
         with pytest.raises(BadInput, match=f"{context + 1} tokens .* context is {context}$"):
             open_tokenizer(path, longest=context + 1)

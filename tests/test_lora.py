@@ -32,7 +32,7 @@ from lora import (
 )
 from reward import RewardModel, load_reward_model
 from runtime.errors import exit_with_one_line
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROLES = {"actor": ["q_proj", "k_proj"], "ref": ["q_proj", "k_proj"], "critic": ["v_proj", "down_proj"],
@@ -479,7 +479,7 @@ def test_save_model_writes_a_folder_that_loads(base, tmp_path, kind, name):
     weights = (
         {"adapter_config.json", "adapter_model.safetensors"} if name else {"config.json", "model.safetensors"}
     )
-    assert files == weights | {"tokenizer.model", "tokenizer_config.json"} | (
+    assert files == weights | {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} | (
         set() if is_reward else {"generation_config.json"})
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     if name:
@@ -745,7 +745,6 @@ def test_load_model_refuses_a_reward_models_adapter(reward_adapter):
 
 # -------------------------------------------------------------------------------------- python lora.py
 def test_lora_py_merges_into_a_folder_that_transformers_loads(adapter, tmp_path):
-    (adapter / "generation_config.json").write_text('{"eos_token_id": 2}\n')
     result = run_script("lora.py", adapter, "--out", tmp_path / "merged")
     assert result.returncode == 0 and str(tmp_path / "merged") in result.stdout, result.stderr
     expected = logits(load_model(adapter))
@@ -753,8 +752,10 @@ def test_lora_py_merges_into_a_folder_that_transformers_loads(adapter, tmp_path)
     assert theirs.dtype == torch.float32
     assert_close(logits(theirs), expected, atol=1e-4)
     assert_close(logits(load_model(tmp_path / "merged")), expected, atol=1e-4)
-    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (adapter / name).read_bytes()
+    ids = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture

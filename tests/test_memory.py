@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from conftest import REPO, run_script, tiny_llama
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 
 sys.path.append(str(REPO / "bench"))
 from memory import rank_bytes  # noqa: E402

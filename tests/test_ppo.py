@@ -1,4 +1,5 @@
 """PPO's mathematics against its definitions, the rollout, the four roles, and the loop."""
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -43,8 +44,8 @@ from ppo import (
 )
 from reward import RewardModel, load_reward_model
 from runtime.errors import BadInput
-from runtime.folders import copy_tokenizer
 from runtime.log import Log
+from runtime.tokenizer_write import copy_tokenizer
 from sft import n_labels, rows_loss
 from training import PlainEngine, on_ranks, save_talker, spy, train
 
@@ -534,6 +535,20 @@ def test_an_answer_whose_eos_is_the_last_token_there_is_room_for_has_ended(rolle
     cut = rollout(roles, prompts, uniforms[:, :args.max_new], args, tokenizer)
     assert torch.equal(cut.ended, batch.ended) and args.max_new < NEW
     assert torch.equal(cut.response_mask.sum(1), lengths.clamp(max=args.max_new))
+
+
+def test_an_answer_ends_at_any_of_the_ids_that_end_one(rolled, prompts, tokenizer):
+    roles, args, uniforms, batch = rolled(ONE)
+    answers = [ids[real].tolist() for ids, real in zip(batch.ids[:, batch.start:], batch.response_mask,
+                                                       strict=True)]
+    other = next(ids[0] for ids in answers if len(ids) > 2)
+    several = copy.copy(tokenizer)
+    several.eos_ids = [2, other]
+    again = rollout(roles, prompts, uniforms, args, several)
+    for i, ids in enumerate(answers):
+        n = next((t + 1 for t, token in enumerate(ids) if token in (2, other)), len(ids))
+        assert again.response_mask[i].sum() == n and again.ended[i] == (ids[n - 1] in (2, other))
+    assert again.ended.sum() > batch.ended.sum()
 
 
 @torch.no_grad()

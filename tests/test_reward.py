@@ -16,7 +16,7 @@ from llama import Llama
 from lora import adapter_parameters, add_lora, lora_layers, save_adapter, use_adapter
 from reward import RewardModel, batch_loss, evaluate, last_scores, load_reward_model, pairwise_loss
 from runtime.errors import BadInput
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 from training import on_ranks, spy, train
 
 KINDS = pytest.mark.parametrize("kind", ["last", "dense"])

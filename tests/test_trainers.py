@@ -11,7 +11,8 @@ from conftest import REPO, metrics, run_script, tiny_llama
 from data import Tokenizer
 from lora import load_model
 from reward import load_reward_model
-from runtime.folders import copy_tokenizer, read_tensor, tensor_names
+from runtime.folders import read_tensor, tensor_names
+from runtime.tokenizer_write import copy_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -330,7 +331,7 @@ def test_training_leaves_the_base_of_an_adapter_alone(trained, inputs):
     assert Path(config["base_model_name_or_path"]) == inputs["$talker"].resolve()
     assert config["task_type"] == "CAUSAL_LM"
     assert {f.name for f in inputs["$talker"].iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+        "config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
 
 
 # ---------------------------------------------------------------------------------------- the record of a run

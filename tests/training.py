@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 import runtime.checkpoint
 from conftest import metrics, tiny_llama
-from runtime.folders import copy_tokenizer
 from runtime.log import Log
+from runtime.tokenizer_write import copy_tokenizer
 
 class Ranks:
     """torch.distributed for `world` threads, whose ranks are thread-local."""

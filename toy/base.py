@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, batches, collate_sft
 from llama import Llama, LlamaConfig
-from runtime.folders import copy_tokenizer
+from runtime.tokenizer_write import copy_tokenizer
 from toy.world import pretraining_texts
 
 STEPS, BATCH, LR = 2600, 32, 3e-3

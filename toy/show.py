@@ -68,7 +68,7 @@ def base_answers(prompts: list[str]) -> list[str]:
     tokenizer, model = Tokenizer(MADE / "base"), Llama.from_pretrained(MADE / "base")
     ids, mask = collate_prompts([[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts])
     torch.manual_seed(0)
-    answers, answer_mask = model.generate(ids, mask, 24, eos_id=tokenizer.eos_id)
+    answers, answer_mask = model.generate(ids, mask, 24, eos_id=tokenizer.eos_ids)
     return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(answers, answer_mask, strict=True)]
 
 def chosen_rows(prompts: list[str]) -> list[int]:
