@@ -32,14 +32,14 @@ from runtime.errors import BadInput, note
 from runtime.folders import read_json
 from runtime.kinds import Turns, check_columns, read_examples
 from runtime.ranks import say
-from runtime.rows import data_files
+from runtime.rows import data_sizes
 from runtime.tokenizer_read import JsonTokenizer, choose_tokenizer, read_tokenizer
 
 # ------------------------------------------------------------ tokenizer
 class Tokenizer:
     """The tokenizer of a model's folder, or of a file: SentencePiece's tokenizer.model where there is one,
-    else tokenizer.json. In training eos_id ends an answer; a sampled one ends at any of eos_ids.
-    model_folder: the base, which may name some of them, where an adapter brings the tokenizer."""
+    else tokenizer.json. In training eos_id ends an answer; a sampled answer ends at any of eos_ids.
+    model_folder: the base of an adapter that brings the tokenizer; it may name further eos_ids."""
 
     def __init__(self, path: str | Path, model_folder: str | Path | None = None):
         files = read_tokenizer(path, model_folder)
@@ -94,8 +94,9 @@ def open_tokenizer(path: str | Path, base: str | None = None,
     bos, eos, ends = tokenizer.bos_id, tokenizer.eos_id, config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     if bos != config.bos_token_id or eos not in ends or any(end not in tokenizer.eos_ids for end in ends):
+        more = f"; an answer ends at each of {tokenizer.eos_ids}" if len(tokenizer.eos_ids) > 1 else ""
         note(f"{full}/config.json has BOS, EOS {config.bos_token_id}, {config.eos_token_id}; "
-             f"{tokenizer.file.name} has {bos}, {eos}, which are used")
+             f"{tokenizer.file.name} has {bos}, {eos}, which are used{more}")
     config.bos_token_id, config.eos_token_id, config.pad_token_id = bos, eos, tokenizer.pad_id
     return tokenizer, config, folder
 
@@ -103,7 +104,8 @@ def open_tokenizer(path: str | Path, base: str | None = None,
 @dataclass
 class Record:
     """What the reader of every file format makes: the turns before the answer, the answer, and the worse
-    answer of a pair. A plain text has no turns; the text is `chosen`."""
+    answer of a pair. turns is a list of (role, text): perhaps one System, then Human, and between the Humans
+    Assistants. A plain text has no turns; the text is `chosen`."""
     turns: Turns
     chosen: str | None = None
     rejected: str | None = None
@@ -167,16 +169,18 @@ def are_pairs(records: list[Record]) -> bool:
 def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None, seed: int,
                  eval_files: Iterable[str] | None, eval_share: float, tally: Counter,
                  columns: dict[str, str] | None = None) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records of a phase. split, such as (4, 4, 2), divides files of pairs, which all
-    three steps can use; None divides nothing. Without eval_files, eval_share of the conversations is held
-    out."""
+    """(training, held-out) records of a phase. split, such as (4, 4, 2), divides files or folders with pairs,
+    which all three steps can use; None divides nothing. Without eval_files, eval_share of the conversations
+    is held out."""
     records = []
     for file in files:
         of_file = read_records(file, tally, columns)
-        if len(of_file) > 1 and len({first_question(record) for record in of_file}) == 1:
+        is_divided = bool(split) and are_pairs(of_file)
+        is_one_side = len(of_file) > 1 and len({first_question(record) for record in of_file}) == 1
+        if is_one_side and (is_divided or not eval_files):
             tally[f"rows of {file} all begin with the same question, which decides the split: name held-out "
                   f"files by --eval-data"] = len(of_file)
-        records += split_records(of_file, split, phase, seed) if split and are_pairs(of_file) else of_file
+        records += split_records(of_file, split, phase, seed) if is_divided else of_file
     if eval_files:
         return records, [record for file in eval_files for record in read_records(file, tally, columns)]
     # Another seed than the split's: with the same one, the held-out questions would be those with the highest
@@ -185,9 +189,9 @@ def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None
     return split_records(records, sides, 0, other_seed), split_records(records, sides, 1, other_seed)
 
 def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
-    """BadInput where a folder that this run starts from was trained on one of this run's files of pairs (same
-    name, same size) under another --split or --split-seed: the steps would then share rows that should be
-    apart."""
+    """BadInput where a folder that this run starts from was trained on one of this run's files of pairs under
+    another --split or --split-seed: the steps would then share rows that should be apart. The folder's
+    args.json, which every run writes, has its flags and the names and sizes of its files."""
     def named(split, seed):
         shares = [str(share).removesuffix(".0") for share in split] if isinstance(split, list) else ["none"]
         return f"{','.join(shares)} with seed {seed}"
@@ -204,17 +208,18 @@ def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
         ours = args.split, args.split_seed
         if not isinstance(sizes, dict) or division(*theirs) == division(*ours):
             continue
-        for file in [file for path in args.data for file in data_files(path)]:
-            is_known = sizes.get(file.name) == file.stat().st_size
-            if is_known and are_pairs(read_records(file, columns=args.columns)):
-                raise BadInput(f"--split, --split-seed: {folder} was trained on {file.name} divided by "
+        for path in args.data:
+            known = [name for name, size in data_sizes([path]).items() if sizes.get(name) == size]
+            if known and are_pairs(read_records(path, columns=args.columns)):
+                raise BadInput(f"--split, --split-seed: {folder} was trained on {known[0]} divided by "
                                f"{named(*theirs)}, this run divides it by {named(*ours)}; rows would "
                                f"be seen by two steps")
 
 def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenizer, max_len: int, batch: int,
               folders: Iterable[str | Path] = (), tally: Counter | None = None) -> tuple[list, list]:
-    """(training, held-out) rows that encode makes of this phase's records. Rank 0 prints how many there are
-    and what was cut and dropped. folders are those that this run starts from (see check_split)."""
+    """(training, held-out) rows that encode makes of this phase's records: 0 for sft.py, 1 for reward.py, 2
+    for ppo.py. Rank 0 prints how many there are and what was cut and dropped. args: the flags of
+    add_trainer_flags and --data. folders are those that this run starts from (see check_split)."""
     tally = Counter() if tally is None else tally
     check_columns(args.columns or {}, args.data)
     sides = load_records(args.data, phase, args.split, args.split_seed, args.eval_data, args.eval_share,
@@ -225,6 +230,7 @@ def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenize
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
         + in_words(tally))
     lost = sum(n for what, n in tally.items() if "dropped" in what or "same question" in what)
+    # where most rows were lost, the tally says why; else the flags may be the reason
     why = ("" if lost > len(train) else " (see --split, --max-len and the batch)") + in_words(tally)
     if len(train) < batch:
         raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of "
@@ -291,8 +297,9 @@ def encode_sft(tokenizer: Tokenizer, record: Record, max_len: int,
 
 def encode_pair(tokenizer: Tokenizer, record: Record, max_len: int,
                 tally: Counter | None = None) -> tuple[list[int], list[int], int] | None:
-    """(chosen_ids, rejected_ids, n_prompt), or None. Both have the same prompt, shortened for the longer
-    answer. No answer is cut: the reward model must judge whole answers."""
+    """(chosen_ids, rejected_ids, n_prompt), or None. Both have the same prompt of n_prompt ids, shortened for
+    the longer answer. No answer is cut: the reward model must judge whole answers. (Its loss needs no
+    n_prompt: collate_pairs finds where the two texts differ.)"""
     tally = Counter() if tally is None else tally
     chosen, rejected = (encode_answer(tokenizer, record, answer)
                         for answer in (record.chosen, record.rejected))

@@ -240,14 +240,15 @@ def save_model(model: nn.Module, out: str | Path, tokenizer_folder: str | Path, 
     """Writes a folder that transformers or PEFT loads: the whole model, or only the adapter of this name, for
     the base folder; the tokenizer's files; and for a language model generation_config.json."""
     is_reward_model = hasattr(model, "score")
+    files = copy_tokenizer(tokenizer_folder, out, base)
+    model.config.pad_token_id = files.pad_id
     if adapter:
         save_adapter(model, out, adapter, base, "SEQ_CLS" if is_reward_model else "CAUSAL_LM")
     else:
         model.save_pretrained(out)
-    files = copy_tokenizer(tokenizer_folder, out, base)
     if not is_reward_model:
-        save_generation_config(out, model.config.bos_token_id,
-                               [model.config.eos_token_id, *files.eos_ids[1:]])
+        ids = [model.config.eos_token_id, *files.eos_ids[1:]]
+        save_generation_config(out, model.config.bos_token_id, ids)
 
 # ------------------------------------------------------------ python lora.py
 def read_merged(full: Path, adapter: Path) -> Llama:
@@ -274,10 +275,9 @@ def main():
         raise BadInput(f"{args.adapter}: has no adapter_config.json; there is nothing to merge")
     if Path(args.out).resolve() in (full, adapter.resolve()):
         raise BadInput(f"--out {args.out}: is a folder that is read; choose another")
-    tokenizer_folder = choose_tokenizer(full, adapter)
-    files, model = read_tokenizer(tokenizer_folder, full), read_merged(full, adapter)
+    tokenizer_folder, model = choose_tokenizer(full, adapter), read_merged(full, adapter)
+    files = read_tokenizer(tokenizer_folder, full)
     model.config.bos_token_id, model.config.eos_token_id = files.bos_id, files.eos_ids[0]
-    model.config.pad_token_id = files.pad_id
     save_model(model, args.out, tokenizer_folder, full)
     if (adapter / "reward_stats.json").exists():
         shutil.copy(adapter / "reward_stats.json", args.out)

@@ -103,7 +103,7 @@ def get_args():
     add("--eval-every", type=positive, default=20, help="steps between answers to held-out prompts")
     add("--log-every", type=positive, default=1, help="steps between lines of metrics.jsonl")
     add_lora_flags(flags)
-    add_trainer_flags(flags)
+    add_trainer_flags(flags)                 # --out, --split, --eval-data, --seed, --zero-stage, ...
     return flags.parse("actor", "reward", "data", "out")
 
 # the panels of curves.png: {title: metrics}
@@ -129,8 +129,8 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 def kl_per_token(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """The estimate (B,R) of KL(actor || reference) at each sampled token, 0 outside the mask: the log-ratio,
     called k1 (http://joschu.net/blog/kl-approx.html). Rewards and logs both call this function, so another
-    estimator is a change here. In the reward, only k1 gives the gradient of the KL divergence: k2 and k3
-    estimate the same number, but as rewards they give another gradient."""
+    estimator is a change here: with d the log-ratio, k2 is d**2 / 2 and k3 is exp(-d) - 1 + d. They estimate
+    the same number with less noise, but as rewards they do not give the gradient of the KL divergence."""
     return (logp - ref_logp) * mask
 
 def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float, clip: float,
@@ -338,8 +338,8 @@ class Rollout:
         return kl_per_token(self.old_logp, self.ref_logp, self.response_mask).sum(1)
 
     def of_all_ranks(self, n: int) -> "Rollout":
-        """All ranks' rows, in the order of the ranks. Only the first n, because the fillers of my_share come
-        last."""
+        """All ranks' rows, in the order of the ranks. Only the first n: the last ranks may have copies of a
+        row besides, so that all ranks have equally many (my_share)."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **{name: gather(x)[:n] for name, x in tensors.items()})
 
@@ -374,11 +374,12 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     """Samples an answer to each prompt (ids with BOS), and computes log-probabilities, values and scores.
     Each rank does a share of the rows, all ranks get the whole. uniforms (n,max_new) are the random numbers
     of each row, so an answer depends neither on the other rows nor on the number of ranks, up to rounding.
-    watch wraps the loops over tokens and micro-batches, so that a signal can stop them; iter does nothing."""
+    watch wraps the loops over tokens and micro-batches, so that a signal can stop an evaluation. iter does
+    nothing: in training, a signal lets the step finish."""
     ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].network.lm_head.weight.device)
     response, response_mask = roles["actor"].activate().generate(
         ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_ids, uniforms=uniforms,
-        together=args.zero_stage == 3, watch=watch)
+        together=args.zero_stage == 3, watch=watch)              # together: as many steps on every rank
     response, response_mask = pad_to_longest(response), pad_to_longest(response_mask)   # (B,R) on all ranks
     per_token = torch.zeros(3, *response.shape, device=ids.device)
     mine = Rollout(torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), response_mask,
@@ -442,10 +443,10 @@ def my_micro_batches(batch: Rollout, rows: Tensor, micro_batch: int) -> list[Rol
 
 def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
                  n_words: int, measures: Measures, is_first: bool, texts: list):
-    """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part: the engine
-    updates after the last of them. total: what the loss of a micro-batch is divided by, the mean number of
-    tokens per micro-batch. texts: rows of the pre-training mix, as many as the mini-batch has answers; their
-    loss is added (InstructGPT's PPO-ptx)."""
+    """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part. The engine
+    counts the backward passes and updates after the last of them. total: what the loss of a micro-batch is
+    divided by, the mean number of tokens per micro-batch. texts: rows of the pre-training mix, as many as
+    the mini-batch has answers; their loss is added (InstructGPT's PPO-ptx)."""
     role.activate()                          # no other role on its network until the last backward is done
     world = dist.get_world_size()
     text_micros = micro_batches(texts, dist.get_rank(), world, args.micro_batch)
@@ -526,7 +527,9 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
 
-    def save_average(model, *more):          # on rank 0 alone, which holds the weights whole (save_whole)
+    # On rank 0, which then holds the weights whole, save_whole(model, out, write, ...) calls
+    # write(model, out, ...).
+    def save_average(model, *more):
         for name, mean in average.items():   # it overwrites the weights: nothing is trained after this
             weights[name].data.copy_(mean)
         save_model(model, *more)
@@ -578,7 +581,8 @@ class Inputs:
 
 def read_inputs(args: Namespace, world: int) -> Inputs:
     """Reads and checks; BadInput where something is wrong, before any weights load."""
-    # this may lower args.micro_batch
+    # refuses a mini-batch that does not divide, so all ranks have equally many micro-batches; lowers
+    # args.micro_batch to what one rank has of a mini-batch
     accumulation = accumulation_steps(args, "--mini-batch", args.mini_batch, world)
     if args.rollout_batch % args.mini_batch:
         raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch "
@@ -599,10 +603,10 @@ def read_inputs(args: Namespace, world: int) -> Inputs:
         raise BadInput(f"--reward {args.reward}: its tokenizer is not that of --actor {args.actor}; use one "
                        f"base")
     tally = Counter()
-    # The same hash as for --data leaves out the same questions: what is held out there is never a text here.
+    # A question that --data holds out must not be among these texts. The same hash with the same share finds
+    # it. With --eval-data nothing is held out of --data.
     records, _ = load_records(args.ptx_data or [], PHASE, split=None, seed=args.split_seed, eval_files=None,
-                          eval_share=0 if args.eval_data else args.eval_share, tally=tally,
-                          columns=args.columns)
+                          eval_share=0 if args.eval_data else args.eval_share, tally=tally)
     texts = [row for record in records if (row := encode_sft(tokenizer, record, longest, tally))]
     if args.ptx_data and len(texts) < args.mini_batch:
         raise BadInput(f"--ptx-data: {len(texts)} usable rows, fewer than one mini-batch of "
@@ -653,29 +657,31 @@ def main():
     trained, lengths = freeze_untrained(roles), [len(prompt) for prompt in train]
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
-    state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from
+    # makes --out, or finds the checkpoint that --resume goes on from; by lengths it knows the same data again
+    state = Run(args, lengths)
     for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
+    # Two engines may share a transformer: each has only its own role's weights in its optimiser.
     engines = {role: make_engine(args, roles[role].network, [*trained[role].values()], lr, steps * updates,
                                  inputs.accumulation, dtype)
                for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr))}
     state.track_engines(**engines)
     average = start_average(trained["actor"]) if args.ema is not None else {}
     state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())})
-    # extra is empty in a new run. If stats is None then, the evaluation before step 1 measures it.
+    # extra is empty in a new run; if stats is None then, the evaluation before step 1 measures it
     stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)
     mix = stream([len(ids) for ids, _ in inputs.texts], args.mini_batch, args.seed, done=state.step * updates)
     log = Log(args, steps, rank, CURVES, state.step)
 
     def evaluate(step):
         nonlocal stats
-        with state.evaluation(step, log):
+        with state.evaluation(step, log):    # if a signal stops it, the resumed run does it first
             stats = stats or measure_stats(roles, train, args, tokenizer)
             samples, means = answer_held_out(roles, inputs.held_out, args, tokenizer, stats, inputs.gold)
             write_samples(args.out, step, samples)
             log.line(step=step, **means)
 
-    if state.evaluation_due:
+    if state.evaluation_due:                 # always in a new run
         evaluate(state.step)
     for step, epoch, row_numbers in stream(lengths, args.rollout_batch, args.seed, state.step, steps):
         # 1. rollout: one global batch, its random numbers drawn from (seed, step) alone
@@ -720,7 +726,7 @@ def main():
         if step % args.eval_every == 0 or step == steps:
             evaluate(step)
         if step < steps:                     # no checkpoint after the last step: the models are written now
-            state.end_step(step, row_numbers, log)
+            state.end_step(step, row_numbers, log)       # may save; an error names the rows
 
     save_models(args, roles, inputs.tokenizer_folder, average, trained["actor"])
     state.finish(log)

@@ -62,7 +62,7 @@ def get_args():
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_lora_flags(flags, dropout=True)
-    add_trainer_flags(flags)
+    add_trainer_flags(flags)                 # --out, --split, --eval-data, --seed, --zero-stage, ...
     return flags.parse("model", "data", "out")
 
 CURVES = {"loss (nats per pair)": ["loss"], "accuracy (share of held-out pairs)": ["accuracy"],
@@ -206,7 +206,7 @@ def main():
             stats.update(evaluate(model, held_out, args.micro_batch, device))
             log.line(step=step, **stats)
 
-    if state.evaluation_due:
+    if state.evaluation_due:                 # always in a new run
         evaluate_held_out(state.step)
     for step, epoch, row_numbers in stream(lengths, args.batch, args.seed, state.step, steps):
         # 3. one global batch; DeepSpeed divides by ranks and micro-batches, which makes its loss a mean over

@@ -45,7 +45,7 @@ def get_args():
     add("--eval-every", type=positive, default=100, help="steps between held-out evaluations")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
     add_lora_flags(flags, dropout=True)
-    add_trainer_flags(flags)
+    add_trainer_flags(flags)                 # --out, --split, --eval-data, --seed, --zero-stage, ...
     return flags.parse("model", "data", "out")
 
 CURVES = {"loss (nats per response token)": ["loss"], "perplexity of held-out answers": ["eval_ppl"]}
@@ -114,7 +114,7 @@ def main():
         with state.evaluation(step, log):
             log.line(step=step, eval_ppl=perplexity(model, held_out, args.micro_batch, device))
 
-    if state.evaluation_due:
+    if state.evaluation_due:                 # always in a new run
         evaluate(state.step)
     for step, epoch, row_numbers in stream(lengths, args.batch, args.seed, state.step, steps):
         # 3. one global batch; its loss is a mean over the response tokens of all ranks and micro-batches

@@ -108,8 +108,11 @@ def main():
         return
     longest = args.max_len - args.max_new
     prompts = [ids for record in records if (ids := encode_prompt(tokenizer, record, longest))][:args.n]
-    found = [judge_answers(judge, load_model(folder, DTYPES[args.dtype]), tokenizer, prompts, args)
-             for folder in args.models]
+    found = []
+    for folder in args.models:
+        own, model = open_tokenizer(folder)[0], load_model(folder, DTYPES[args.dtype])
+        model.n_words = own.vocab_size       # larger ids are never sampled
+        found.append(judge_answers(judge, model, own, prompts, args))
     first, lines = found[0][0], []
     for folder, (scores, lengths, ended) in zip(args.models, found, strict=True):
         gain = scores - first

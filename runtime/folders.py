@@ -202,8 +202,8 @@ def fingerprint(file: Path, sync: bool = False) -> list:
     return [file.stat().st_size, digest.hexdigest()]
 
 # ------------------------------------------------------------ the OUT/ folder of a run
-FILES = ["args.json", "config.json", "adapter_config.json", "metrics.jsonl", "samples.jsonl",
-         "reward_stats.json", "curves.png"]
+FILES = ["args.json", "config.json", "generation_config.json", "adapter_config.json", "metrics.jsonl",
+         "samples.jsonl", "reward_stats.json", "curves.png"]
 FOLDERS = ["critic", "ema", "checkpoints"]
 
 def check_out(args: Namespace, *inputs: Path | None):

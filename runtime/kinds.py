@@ -21,8 +21,8 @@ MAX_TEXT_CHARACTERS = 2**22                  # one text: the tokenizer takes man
 # ------------------------------------------------------------ texts to turns
 def clean_turns(turns: Turns) -> Turns:
     """Strips the texts, and drops answers before the first question. System texts before the first question
-    become the one System turn. A later one goes, with a blank line between, before the next question, or
-    where an answer comes first, after the question before."""
+    become the one System turn. A later system text is joined, with a blank line between, to the next
+    question. If an answer comes before that question, it is joined to the question before."""
     cleaned, system = [], ""
     for role, text in turns:
         text = text.strip()
@@ -107,7 +107,7 @@ class Row:
         return as_text(self.get(*names) or "", next((name for name in names if name in self.fields), ""))
 
     def has(self, *names: str) -> bool:
-        """Whether the row has one of these fields, be it absent or not."""
+        """Whether the row has one of these fields, even if its value is empty."""
         return any(name in self.names for name in names)
 
     def says_no(self, *names: str) -> bool:
@@ -157,7 +157,7 @@ def message_turns(messages: object, name: str, unlearned: str = "Assistant") -> 
             raise Dropped(f"conversations dropped: a role{found} is none of user, assistant, system")
         if not text and role != "System":
             raise Dropped("conversations dropped: a message is empty")
-        turns.append((unlearned if role == "Assistant" and message.says_no(*WEIGHT) else role, text))
+        turns.append((unlearned if role == "Assistant" and message.says_no(*WEIGHT) else role, text.strip()))
     return turns
 
 def turns_before(row: Row) -> Turns:
@@ -166,8 +166,9 @@ def turns_before(row: Row) -> Turns:
     if isinstance(row.fields.get("history"), list):
         for pair in row.get("history"):
             if isinstance(pair, list) and len(pair) == 2:
-                turns += [("Human", as_text(pair[0] or "", "history")),
-                          ("Assistant", as_text(pair[1] or "", "history"))]
+                if any(map(is_absent, pair)):
+                    raise Dropped("conversations dropped: a message is empty")
+                turns += [("Human", as_text(pair[0], "history")), ("Assistant", as_text(pair[1], "history"))]
             elif isinstance(pair, dict):     # a message
                 turns += message_turns(pair, "history")
             else:
@@ -179,14 +180,13 @@ def turns_before(row: Row) -> Turns:
     if isinstance(question, list | dict):
         turns += message_turns(question, "prompt")
     elif question is not None or below:
-        asked = parse_prompt(as_text(question or "", "prompt"), always="instruction" in row.read)
-        if len(asked) == 1:
-            asked = [("Human", f"{asked[0][1]}\n{below}".strip())]
-        turns += asked
+        *asked, last = parse_prompt(as_text(question or "", "prompt"), always="instruction" in row.read)
+        if last == ("Assistant", "") and asked:          # the "Assistant:" with which many prompts end
+            *asked, last = asked
+        turns += [*asked, (last[0], f"{last[1]}\n{below}".strip())]
     elif messages := row.get(*MESSAGES):
         turns += message_turns(messages, "messages")
-    turns = clean_turns(turns)
-    return turns[:-1] if turns[-1:] == [("Assistant", "")] else turns
+    return clean_turns(turns)
 
 def turns_with(row: Row, turns: Turns, name: str) -> Turns:
     """The turns before a row's answer, and then the answer, which is the field `name`: a text, or messages.
@@ -228,6 +228,8 @@ def example(turns: Turns, chosen: str | None = None, rejected: str | None = None
         turns = turns[:-1]
     if not turns or not turns[-1][1]:
         raise Dropped("rows dropped: no question")
+    if turns[-1][0] == "Assistant":
+        raise Dropped("rows dropped: the prompt ends with an answer")
     return turns, chosen and chosen.strip(), rejected and rejected.strip()
 
 # ------------------------------------------------------------ kinds
@@ -237,7 +239,8 @@ def read_pair(row: Row, tally: Counter) -> list[Example]:
     if None not in scores and scores[0] == scores[1]:
         raise Dropped("pairs dropped: equal scores")
     before = turns_before(row)
-    if before and before[-1][0] == "Assistant" and not row.has(*QUESTION):
+    last = before[-1] if before else ("", "")
+    if last[0] == "Assistant" and (last[1] == row.fields.get("chosen") or not row.has(*QUESTION)):
         before = before[:-1]                 # the messages hold the better answer too
     *turns, (_, chosen) = turns_with(row, before, "chosen")
     *other_turns, (_, rejected) = turns_with(row, before, "rejected")
@@ -287,7 +290,7 @@ def read_conversation(row: Row, tally: Counter) -> list[Example]:
     said = message_turns(row.get(*MESSAGES) or [], "messages", unlearned="unlearned")
     turns = clean_turns([("System", row.text(*SYSTEM)), *said])
     prompts = [("Assistant" if role == "unlearned" else role, text) for role, text in turns]
-    examples = [example(prompts[:i], text) for i, (role, text) in enumerate(turns) if role == "Assistant"]
+    examples = [(prompts[:i], text, None) for i, (role, text) in enumerate(turns) if role == "Assistant"]
     if turns and turns[-1][0] == "Human":
         examples.append(example(turns))
     if not examples:
@@ -343,6 +346,9 @@ def row_examples(row: Row, tally: Counter) -> list[Example]:
                 try:
                     if row.says_no(*WEIGHT):
                         raise Dropped("rows dropped: marked as not to be learned")
+                    pair = {"chosen", "rejected"}
+                    if pair <= row.names and len(row.fields.keys() & pair) == 1:
+                        raise Dropped("pairs dropped: an answer is empty")
                     if row.get(*MEDIA):
                         raise Dropped("rows dropped: they come with images, videos or sound")
                     return read(row, tally)
@@ -387,7 +393,8 @@ def guess(row: Row, texts: list[str]) -> str:
         if name not in row.names and (fits or left and name != "rejected"):
             found[name] = (fits or left)[0]
     if "chosen" in found and "rejected" not in {*found, *row.names}:               # answer_a and answer_b
-        twins = [text for text in texts if text[:-1] == found["chosen"][:-1] and text != found["chosen"]]
+        stem = found["chosen"][:-1]
+        twins = [text for text in texts if stem and text[:-1] == stem and text not in found.values()]
         verdicts = [name for name in row.names if VERDICT.search(name) and name not in found.values()]
         if twins and verdicts:
             return f'; write the answer that "{verdicts[0]}" prefers as chosen, the other one as rejected'

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime.errors import BadInput, note
+from runtime.foreign import refuse_pointer
 
 MAX_LINE_BYTES = 2**25                       # one line of JSON lines
 MAX_ARRAY_BYTES = 2**29                      # a whole JSON array, which is parsed at once
@@ -21,14 +22,13 @@ MAX_ARRAY_BYTES = 2**29                      # a whole JSON array, which is pars
 DATA = re.compile(r"\.(json|jsonl|ndjson|parquet)(\.gz)?$", re.IGNORECASE)
 ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 OTHERS = re.compile(r"\.(csv|tsv|txt|arrow|zst|xz|zip|tar|gz)$", re.IGNORECASE)
-SPLITS = re.compile(r"(?:^|[_.-])(train|test|val|eval|dev)(?:ing|id|idation|uation)?(?=[_.-]|$)",
+SPLITS = re.compile(r"(?:^|[_.-])(train|test|val|eval|dev|held)(?:ing|id|idation|uation|out)?(?=[_.\d-]|$)",
                     re.IGNORECASE)
 # How files of other formats begin, and what to do with them.
-FORMATS = {b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
-           b"PK\x03\x04": "is a zip archive; unpack it", b"\xfd7zXZ": "is packed by xz; unpack it",
-           b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it",
-           b"\xff\xfe": "is UTF-16 text; save it as UTF-8", b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
-           b"ARROW1": "is an arrow file; load it with datasets and save it by to_parquet"}
+PACKED = {b"PK\x03\x04": "is a zip archive; unpack it", b"\xfd7zXZ": "is packed by xz; unpack it",
+          b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it",
+          b"\xff\xfe": "is UTF-16 text; save it as UTF-8", b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
+          b"ARROW1": "is an arrow file; load it with datasets and save it by to_parquet"}
 
 # ------------------------------------------------------------ files
 def data_files(path: str | Path) -> list[Path]:
@@ -64,17 +64,19 @@ def data_files(path: str | Path) -> list[Path]:
 
 def data_sizes(paths: list[str]) -> dict[str, int]:
     """{name: size in bytes} of data files, by which a later step knows the same file again."""
-    return {file.name: file.stat().st_size for path in paths for file in data_files(path)}
+    return {str(file.relative_to(Path(path).parent)): file.stat().st_size
+            for path in paths for file in data_files(path)}
 
 # ------------------------------------------------------------ rows
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Yields (where, row); where is the file with the number of the line or row, for messages."""
     try:
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: is no file")
+            raise BadInput(f"{path}: is not a file")
         with open(path, "rb") as file:
             head = file.read(30)
-            for start, what in FORMATS.items():
+            refuse_pointer(path)
+            for start, what in PACKED.items():
                 if head.startswith(start):
                     raise BadInput(f"{path}: {what}")
             if head[:4] == b"PAR1":

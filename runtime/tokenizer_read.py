@@ -34,9 +34,10 @@ class TokenizerFiles:
 
     @property
     def pad_id(self) -> int:
-        """The id with which transformers may pad: unk, else BOS, else any other, but never an EOS. It takes a
-        reward model's score at the last id that is not pad, and this should be EOS."""
-        order = [self.unk_id, self.bos_id, *sorted(self.special_ids), *reversed(range(len(self.pieces)))]
+        """The id with which transformers may pad: unk, else BOS, else another special token, but not an EOS
+        where there is a choice. transformers takes a reward model's score at the last id that is not pad, and
+        this should be EOS."""
+        order = [self.unk_id, self.bos_id, *sorted(self.special_ids)]
         return next((i for i in order if i is not None and i not in self.eos_ids), self.bos_id)
 
 def read_tokenizer(path: str | Path, model_folder: str | Path | None = None) -> TokenizerFiles:
@@ -102,7 +103,8 @@ def read_tokenizer_json(file: Path, folders: list[Path]) -> TokenizerFiles:
     raw = read_json(file)
     pieces = read_pieces(file, raw)
     ids = {piece: i for i, piece in enumerate(pieces)}
-    bos_id, eos_id = (special_id(name, ids, folders) for name in ("bos", "eos"))
+    added = {token["id"] for token in raw.get("added_tokens") or []}
+    bos_id, eos_id = (special_id(name, ids, folders, added) for name in ("bos", "eos"))
     others = [i for folder in folders for name in ("generation_config.json", "config.json")
               for i in configured_ids(folder / name, "eos_token_id", len(ids))]
     unknown = [named_token(folders[0], "unk")[1], raw["model"].get("unk_token"), raw["model"].get("unk_id")]
@@ -148,18 +150,20 @@ def configured_ids(file: Path, key: str, n: int) -> list[int]:
     value = optional_json(file).get(key)
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < n]
 
-def special_id(name: str, ids: dict[str, int], folders: list[Path]) -> int:
-    """The id of "bos" or "eos": of the token that a file names, or else the id in config.json."""
-    file, token = named_token(folders[0], name)
-    if token is not None:
-        if token not in ids:
-            raise BadInput(f"{file}: {name}_token is {token!r}, which is no token of tokenizer.json")
-        return ids[token]
+def special_id(name: str, ids: dict[str, int], folders: list[Path], added: set[int]) -> int:
+    """The id of "bos" or "eos": of the token that a file names, or else the id in config.json, if it is an
+    added token's. An ordinary word must not end an answer because config.json has a default."""
+    for file, token in (named_token(folder, name) for folder in folders):
+        if token is not None:
+            if token not in ids:
+                raise BadInput(f"{file}: {name}_token is {token!r}, which is not a token of tokenizer.json")
+            return ids[token]
     for folder in folders:
-        if found := configured_ids(folder / "config.json", f"{name}_token_id", len(ids)):
-            return found[0]
+        for i in configured_ids(folder / "config.json", f"{name}_token_id", len(ids)):
+            if i in added:
+                return i
     raise BadInput(f"{folders[0] / 'tokenizer_config.json'}: names no {name}_token, and config.json has no "
-                   f"{name}_token_id among the tokenizer's ids; name the token in one of them")
+                   f"{name}_token_id among the tokenizer's special tokens; name the token in one of them")
 
 # ------------------------------------------------------------ the package tokenizers
 class JsonTokenizer:

@@ -172,6 +172,14 @@ KINDS |= {
          "rejected": "Human: why? Assistant: no"}, PAIR),
     "Windows lines": ({"chosen": "\r\n\r\nHuman: why?\r\n\r\nAssistant: so",
                        "rejected": "\r\n\r\nHuman: why?\r\n\r\nAssistant: no"}, PAIR),
+    "input below a transcript": (
+        {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: why\n\nAssistant:", "input": "?",
+         "response": "so"}, [Record([("Human", "a"), ("Assistant", "b"), ("Human", "why\n?")], "so")]),
+    "a list that begins with the prompt's last question, with a space": (
+        {"prompt": [WHY, SO, {"role": "user", "content": "and? "}], "chosen": [AND, SO],
+         "rejected": [AND, NO]}, [Record(ASK_TWICE, "so", "no")]),
+    "a prompt list that ends with the better answer": (
+        {"prompt": [WHY, SO], "chosen": "so", "rejected": "no"}, PAIR),
     "the question in input": ({"instruction": "", "input": "why?", "output": "so"}, ANSWER),
     "a post that looks like a dialogue": (
         {"history": "Human: hi\n\nAssistant: yo", "human_ref_A": "so", "human_ref_B": "no", "labels": 1},
@@ -217,7 +225,11 @@ DROPPED = {
     "transcripts differ": {"chosen": [WHY, SO], "rejected": [{"role": "user", "content": "why not?"}, NO]},
     "rows dropped: no question": {"prompt": None},
     "no prompt, or": {"prompt": " ", "chosen": "so", "rejected": "no"},
-    "or no answer": {"chosen": None, "rejected": "\n\nHuman: why?\n\nAssistant: so"},
+    "an answer is empty": {"chosen": None, "rejected": "\n\nHuman: why?\n\nAssistant: so"},
+    "an answer is ": {"prompt": "why?", "chosen": "so", "rejected": ""},
+    "ends with an answer": {"prompt": [WHY, SO]},
+    "prompt ends with": {"prompt": [WHY, SO], "chosen": "yes", "rejected": "no"},
+    "message is empty": {"instruction": "and?", "output": "so", "history": [["why?", None]]},
     "no text": {"text": "\n"},
 }
 
@@ -248,7 +260,7 @@ def test_answers_of_weight_0_are_counted(tmp_path):
     ({"query": "why?", "good": "so", "bad": "no"}, "--columns prompt=query chosen=good rejected=bad"),
     ({"question": "why?", "worst": "no", "best": "so"},
      "--columns prompt=question chosen=best rejected=worst"),
-    ({"a": "why?", "b": "so"}, "--columns prompt=a chosen=b"),
+    ({"a": "why?", "b": "so"}, r"--columns prompt=a chosen=b \("), ({"q": "why?", "a": "so"}, r"chosen=a \("),
     ({"content": "why?"}, "--columns text=content"),
     ({"the question": "why?", "reply": "so", "n": 3}, "--columns 'prompt=the question' chosen=reply"),
     ({"dialog": [{"role": "user", "content": "why?"}], "id": "7"}, "--columns messages=dialog"),
@@ -369,7 +381,7 @@ def test_a_folder_stands_for_its_data_files_in_order(tmp_path):
     (tmp_path / "set" / ".cache").mkdir()
     write(tmp_path / "set" / ".cache" / "x.jsonl", {"prompt": "c"})
     assert [record.turns[0][1] for record in read_records(tmp_path / "set")] == ["a", "b"]
-    names = {"train-00000-of-00002.json.gz", "train-00001-of-00002.jsonl"}
+    names = {"set/data/train-00000-of-00002.json.gz", "set/data/train-00001-of-00002.jsonl"}
     assert data_sizes([tmp_path / "set"]).keys() == names
 
 
@@ -384,7 +396,8 @@ def test_a_folder_of_parquet_shards_is_read(tmp_path):
 
 @pytest.mark.parametrize("names, what", [
     (["train.jsonl", "test.jsonl"], "several splits, such as .*train.jsonl"),
-    (["hh_train.json", "hh_eval.json"], "splits"),
+    (["hh_train.json", "hh_eval.json"], "splits"), (["train.jsonl", "held-out.jsonl"], "splits"),
+    (["train1.json", "test1.json"], "splits"),
     (["train/a.jsonl", "validation/a.jsonl"], "splits"), (["a.json", "a.jsonl.gz"], "same file in several"),
     (["snapshots/1/a.json", "snapshots/2/b.json"], "several snapshots, such as [12] and [12]")])
 def test_a_folder_whose_rows_would_be_mixed_is_refused(names, what, tmp_path):

@@ -245,6 +245,7 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(files, base_of)
     ({"tokenizer_config": {"bos_token": "<|begin|>"}}, "tokenizer_config.json names no eos_token"),
     ({"tokenizer_config": None, "config": {"bos_token_id": None, "eos_token_id": None}}, "no bos_token"),
     ({"tokenizer_config": {}, "config": {"bos_token_id": 340, "eos_token_id": -1}}, "no bos_token"),
+    ({"tokenizer_config": {}, "config": {"bos_token_id": 7, "eos_token_id": 9}}, "no bos_token special"),
     ({"tokenizer_config": NAMED | {"bos_token": "<s>"}}, "tokenizer_config.json bos_token '<s>' no token"),
     ({"tokenizer_config": NAMED | {"eos_token": ["<|end|>"]}}, "tokenizer_config.json eos_token no token"),
     ({"tokenizer_config": {}, "special_tokens_map": {"bos_token": "x" * 9}}, "special_tokens_map.json xxx"),
@@ -543,11 +544,11 @@ def test_padding_is_unk_or_bos_or_another_token_but_never_eos(tokens, expected, 
     assert AutoTokenizer.from_pretrained(written(folder, tmp_path / "out")).pad_token_id == expected
 
 
-def test_a_tokenizer_with_nothing_but_one_special_token_pads_with_a_rare_one(tmp_path):
+def test_no_ordinary_word_becomes_the_pad_token(tmp_path):
     edit(save(tmp_path, byte_level(), bos_token="<|end|>", eos_token="<|end|>") / "tokenizer.json",
          lambda raw: raw.update(added_tokens=raw["added_tokens"][:1]))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 339]}')
-    assert Tokenizer(tmp_path).pad_id == 338
+    assert Tokenizer(tmp_path).pad_id == 0
 
 
 # --------------------------------------------------------------------- SentencePiece models of other kinds
