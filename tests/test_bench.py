@@ -30,6 +30,7 @@ def test_an_sft_step_of_ours_and_of_the_peer_have_the_same_loss(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_the_phases_of_a_ppo_step_and_the_parts_of_a_token_are_timed():
     out = run("bench/where.py", "--size", "2M", "--steps", 2)
     assert "update: backward passes" in out and "B = 64" in out
