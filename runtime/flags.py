@@ -140,8 +140,8 @@ def column(text: str) -> tuple[str, str]:
 
 class AsDictionary(argparse.Action):
     def __call__(self, parser, args, pairs, option_string=None):
-        names = [name for name, _ in pairs]
-        if len({*names}) < len(names):
+        pairs = [*(getattr(args, self.dest) or {}).items(), *pairs]          # the flag may be given twice
+        if len(dict(pairs)) < len(pairs):
             raise argparse.ArgumentError(self, "names a field twice")
         setattr(args, self.dest, dict(pairs))
 

@@ -352,6 +352,8 @@ def test_columns_without_an_equals_sign_are_refused():
     for words, said in ((["prompt"], "prompt is not NAME=FIELD"), (["prompt=a", "prompt=b"], "twice")):
         with pytest.raises(BadInput, match=f"--columns: .*{said}"):
             parser.parse_args(["--columns", *words])
+    args = parser.parse_args(["--columns", "prompt=a", "--columns", "chosen=b"])
+    assert args.columns == {"prompt": "a", "chosen": "b"}
 
 
 def test_where_more_is_dropped_than_kept_the_error_says_why_and_not_split(tmp_path, rows_of):
