@@ -129,8 +129,8 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 def kl_per_token(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """The estimate (B,R) of KL(actor || reference) at each sampled token, 0 outside the mask: the log-ratio,
     called k1 (http://joschu.net/blog/kl-approx.html). Rewards and logs both call this function, so another
-    estimator is a change here: with d the log-ratio, k2 is d**2 / 2 and k3 is exp(-d) - 1 + d. They estimate
-    the same number with less noise, but as rewards they do not give the gradient of the KL divergence."""
+    estimator is a change here: with d the log-ratio, k2 is d**2 / 2 and k3 is exp(-d) - 1 + d. Both are never
+    negative and vary less, but as rewards they do not give the gradient of the KL divergence."""
     return (logp - ref_logp) * mask
 
 def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float, clip: float,
@@ -379,7 +379,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].network.lm_head.weight.device)
     response, response_mask = roles["actor"].activate().generate(
         ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_ids, uniforms=uniforms,
-        together=args.zero_stage == 3, watch=watch)              # together: as many steps on every rank
+        together=args.zero_stage == 3, watch=watch)    # together: equally many steps on every rank
     response, response_mask = pad_to_longest(response), pad_to_longest(response_mask)   # (B,R) on all ranks
     per_token = torch.zeros(3, *response.shape, device=ids.device)
     mine = Rollout(torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), response_mask,
@@ -527,8 +527,8 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
 
-    # On rank 0, which then holds the weights whole, save_whole(model, out, write, ...) calls
-    # write(model, out, ...).
+    # save_whole calls its third argument on rank 0, which then holds the weights whole, with the model, the
+    # folder and all further arguments.
     def save_average(model, *more):
         for name, mean in average.items():   # it overwrites the weights: nothing is trained after this
             weights[name].data.copy_(mean)
@@ -657,7 +657,7 @@ def main():
     trained, lengths = freeze_untrained(roles), [len(prompt) for prompt in train]
     steps = args.steps or args.epochs * (len(train) // args.rollout_batch)
     updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
-    # makes --out, or finds the checkpoint that --resume goes on from; by lengths it knows the same data again
+    # makes --out, or finds the checkpoint that --resume goes on from, if its data had these lengths
     state = Run(args, lengths)
     for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})

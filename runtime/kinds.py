@@ -8,7 +8,7 @@ import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from runtime.errors import BadInput, note
@@ -340,26 +340,34 @@ def row_examples(row: Row, tally: Counter) -> list[Example]:
     """The examples of one row: one, none where the row is dropped, or one per answer of a conversation."""
     if row.fields and all(isinstance(value, dict) and "0" in value for value in row.fields.values()):
         raise BadInput("is a table by columns: write it with pandas' to_json(orient='records', lines=True)")
-    for fields in (row.fields, row.names):   # a field that is absent decides only where no other does
-        for groups, read in KINDS:
-            if all(any(name in fields for name in group) for group in groups):
-                try:
-                    if row.says_no(*WEIGHT):
-                        raise Dropped("rows dropped: marked as not to be learned")
-                    pair = {"chosen", "rejected"}
-                    if pair <= row.names and len(row.fields.keys() & pair) == 1:
-                        raise Dropped("pairs dropped: an answer is empty")
-                    if row.get(*MEDIA):
-                        raise Dropped("rows dropped: they come with images, videos or sound")
-                    return read(row, tally)
-                except Dropped as reason:
-                    tally[str(reason)] += 1
-                    return []
-    if row.names and not row.fields:
-        tally["rows dropped: all fields are empty"] += 1
+    # an absent field decides only where no other does
+    read = find_reader(row.fields.keys()) or find_reader(row.names)
+    try:
+        if read:
+            refuse_unusable(row)
+            return read(row, tally)
+        if row.names and not row.fields:
+            raise Dropped("rows dropped: all fields are empty")
+    except Dropped as reason:
+        tally[str(reason)] += 1
         return []
     names = ", ".join(sorted(row.names))
     raise BadInput(f"its fields {names} match no known kind of row{suggestion(row)} (docs/data.md)")
+
+def find_reader(names: Collection[str]) -> Callable[[Row, Counter], list[Example]] | None:
+    """The reader of the first kind of which each group has a field among these names."""
+    return next((read for groups, read in KINDS
+                 if all(any(name in names for name in group) for group in groups)), None)
+
+def refuse_unusable(row: Row):
+    """Dropped where no kind of row may use this one."""
+    pair = {"chosen", "rejected"}
+    if row.says_no(*WEIGHT):
+        raise Dropped("rows dropped: marked as not to be learned")
+    if pair <= row.names and len(row.fields.keys() & pair) == 1:
+        raise Dropped("pairs dropped: an answer is empty")
+    if row.get(*MEDIA):
+        raise Dropped("rows dropped: they come with images, videos or sound")
 
 # ------------------------------------------------------------ hints
 ONE_MESSAGE = "is one message, not a conversation: join the messages of each thread into one row of messages"
