@@ -22,13 +22,18 @@ MAX_ARRAY_BYTES = 2**29                      # a whole JSON array, which is pars
 DATA = re.compile(r"\.(json|jsonl|ndjson|parquet)(\.gz)?$", re.IGNORECASE)
 ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 OTHERS = re.compile(r"\.(csv|tsv|txt|arrow|zst|xz|zip|tar|gz)$", re.IGNORECASE)
-SPLITS = re.compile(r"(?:^|[_.-])(train|test|val|eval|dev|held)(?:ing|id|idation|uation|out)?(?=[_.\d-]|$)",
-                    re.IGNORECASE)
+SPLITS = re.compile(r"(?:^|[_.-])(train|test|val|eval|dev|held|hold)(?:ing|id|idation|uation|out)?"
+                    r"(?=[_.\d-]|$)", re.IGNORECASE)
+# Formats of which one is often a copy of the other: the hub's own parquet (0000.parquet), parquet, and JSON.
+FORMATS = [re.compile(ending, re.IGNORECASE) for ending in (r"^\d{4}\.parquet$", r"\.parquet(\.gz)?$", "")]
+# What to do with files of other formats.
+CSV = "pandas' read_csv and to_json(orient='records', lines=True) make JSON lines of a csv file"
+ARROW = "load it with datasets and save it by to_parquet"
 # How files of other formats begin, and what to do with them.
 PACKED = {b"PK\x03\x04": "is a zip archive; unpack it", b"\xfd7zXZ": "is packed by xz; unpack it",
           b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it",
           b"\xff\xfe": "is UTF-16 text; save it as UTF-8", b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
-          b"ARROW1": "is an arrow file; load it with datasets and save it by to_parquet"}
+          b"ARROW1": f"is an arrow file; {ARROW}", b"\xff" * 4: f"is an arrow file; {ARROW}"}
 
 # ------------------------------------------------------------ files
 def data_files(path: str | Path) -> list[Path]:
@@ -44,21 +49,24 @@ def data_files(path: str | Path) -> list[Path]:
     files = [file for file in inside if DATA.search(file.name)]
     others = [file.name for file in inside if OTHERS.search(file.name) and file not in files]
     if not files:
-        hint = "; load it with datasets and save it by to_parquet" if any(path.rglob("*.arrow")) else ""
+        endings = {Path(name).suffix.lower() for name in others}
+        hint = f"; {ARROW}" if ".arrow" in endings else f"; {CSV}" if endings & {".csv", ".tsv"} else ""
         raise BadInput(f"{path}: cannot be read: a folder without data files (.json, .jsonl, .parquet){hint}")
     if others:
         note(f"{path}: files that are not read: {', '.join(others[:10])}")
-    splits, snapshots, stems = {}, set(), {}
+    splits, formats, snapshots, stems = {}, {}, set(), {}
     for file in files:
         parts = file.relative_to(path).parts
         splits |= {found[1].lower(): file for part in parts if (found := SPLITS.search(DATA.sub("", part)))}
         snapshots |= {after for before, after in itertools.pairwise(parts) if before == "snapshots"}
+        formats[next(ending for ending in FORMATS if ending.search(file.name))] = file
         stems.setdefault(file.with_name(DATA.sub("", file.name)), []).append(file)
     twice = next((both for both in stems.values() if len(both) > 1), [])
-    for several, what in ((splits, "files of several splits"), (snapshots, "several snapshots"),
-                          (twice, "the same file in several formats")):
+    for several, what in ((splits.values(), "files of several splits"), (snapshots, "several snapshots"),
+                          (twice, "the same file in several formats"),
+                          (formats.values(), "files of several formats, which may be the same rows twice")):
         if len(several) > 1:
-            names = " and ".join(str(x) for x in (several.values() if several is splits else several))
+            names = " and ".join(map(str, several))
             raise BadInput(f"{path}: holds {what}, such as {names}; name those that you mean")
     return files
 
@@ -109,16 +117,19 @@ def read_json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
         text = decode_json(path, file.read(MAX_ARRAY_BYTES + 1), MAX_ARRAY_BYTES)
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(parse_json(path, text), 1))
         return
+    is_first = True
     for number in itertools.count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:
             return
         where = f"{path}:{number}"
         text = decode_json(where, line, MAX_LINE_BYTES)
-        if number == 1 and text.rstrip()[-1:] in ("{", "[", ","):   # one object, written over many lines
+        if not text.strip():
+            continue
+        if is_first and text.rstrip()[-1] in "{[,":                # one object, written over many lines
             text += decode_json(path, file.read(MAX_ARRAY_BYTES + 1), MAX_ARRAY_BYTES)
-        if text.strip():
-            yield where, parse_json(where, text)
+        yield where, parse_json(where, text)
+        is_first = False
 
 def decode_json(where: str | Path, piece: bytes, most: int) -> str:
     if len(piece) > most:
@@ -133,6 +144,7 @@ def parse_json(where: str | Path, text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:      # RecursionError: thousands of nested brackets
         hint = "" if text.lstrip()[:1] in ("{", "[") else "; a line should be a JSON object"
+        hint += f"; {CSV}" if hint and str(where).endswith(":1") else ""
         raise BadInput(f"{where}: is not JSON ({error}){hint}") from None
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
