@@ -133,7 +133,8 @@ def read_records(path: str | Path, tally: Counter | None = None,
                  columns: dict[str, str] | None = None) -> list[Record]:
     """All records of a file, or of a folder of files (runtime/rows.py), with rows of any known kind
     (runtime/kinds.py). tally counts what is dropped. columns, such as {"prompt": "question"}, gives the
-    file's field for a field that is known. BadInput names the file and the line of what cannot be read."""
+    file's field for a field that is known; a row may lack it (load_rows checks that the files have it).
+    BadInput names the file and the line of what cannot be read."""
     tally = Counter() if tally is None else tally
     before = Counter(tally)
     records = [Record(*example) for example in read_examples(path, tally, columns or {})]

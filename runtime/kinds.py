@@ -79,20 +79,30 @@ BELOW = ("input", "context")                 # goes on a line below the question
 SYSTEM = ("system", "system_prompt")
 MESSAGES = ("messages", "conversations", "conversation")
 ANSWER = ("chosen", "completion", "output", "response", "answer")
-ROLES = {"Human": ("user", "human"), "Assistant": ("assistant", "gpt", "chatgpt", "bing", "bard"),
+ROLES = {"Human": ("user", "human", "prompter"), "Assistant": ("assistant", "gpt", "chatgpt", "bing", "bard"),
          "System": ("system", "developer")}
 WEIGHT = ("weight", "train", "training", "loss")         # of a message or row: not to be learned where false
 LABEL = ("label", "kto_tag")                 # of a row: false is an answer that people did not like
-FALSE = ("false", "0", "0.0", "-1", "no", "bad", "negative")
+FALSE = ("false", "0", "0.0", "no")
+SCORED = ("score_0", "better_response_id")   # which of two answers is the better one
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# How good the two answers of a pair are: (chosen_score, rejected_score), (score_chosen, score_rejected), ...
+SCORES = [tuple(form.format(side, word) for side in ("chosen", "rejected"))
+          for word in ("score", "rating", "avg_rating") for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}")]
 
 class Row:
     """The fields of a row or of a message. What is null, NaN or empty is absent."""
 
-    def __init__(self, fields: dict):
+    def __init__(self, fields: dict, columns: dict[str, str] | None = None):
         self.names = fields.keys()           # the absent ones too
         self.fields = {name: value for name, value in fields.items() if not is_absent(value)}
+        self.columns = columns or {}         # what --columns has named
         self.read = set()                    # fields that somebody has asked for
+        self.unused = set()                  # those of them that turned out not to be part of the example
+
+    def first(self, *names: str) -> str:
+        """The first of these names that the row has as a field, or ""."""
+        return next((name for name in names if name in self.fields), "")
 
     def get(self, *names: str) -> object:
         """The value of the first of these fields that the row has, or None."""
@@ -104,7 +114,7 @@ class Row:
 
     def text(self, *names: str) -> str:
         """The text of the first of these fields that the row has, or ""."""
-        return as_text(self.get(*names) or "", next((name for name in names if name in self.fields), ""))
+        return as_text(self.get(*names) or "", self.first(*names))
 
     def has(self, *names: str) -> bool:
         """Whether the row has one of these fields, even if its value is empty."""
@@ -141,11 +151,15 @@ def message_turns(messages: object, name: str, unlearned: str = "Assistant") -> 
     unlearned is the role of answers that are marked as not to be learned."""
     messages = [messages] if isinstance(messages, dict) else messages
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadInput(f"{name} must be a list of messages with role and content, or with from and value")
+        raise BadInput(f"{name} must be a list of messages with role and content, or with from and value"
+                       f"{not_messages(messages, name)}")
     turns = []
     for message in map(Row, messages):
         if message.get("tool_calls", "function_call"):
             raise Dropped("conversations dropped: a message calls a tool")
+        if message.has("replies"):
+            raise BadInput(f"{name} is a tree of messages: write each of its threads as one row of messages "
+                           f"(docs/data.md)")
         if not message.has("role", "from") or not message.has("content", "value"):
             raise BadInput(f"{name}: a message has the fields {sorted(message.names)}, expected role and "
                            f"content, or from and value")
@@ -159,6 +173,18 @@ def message_turns(messages: object, name: str, unlearned: str = "Assistant") -> 
             raise Dropped("conversations dropped: a message is empty")
         turns.append((unlearned if role == "Assistant" and message.says_no(*WEIGHT) else role, text.strip()))
     return turns
+
+def not_messages(value: object, name: str) -> str:
+    """The end of an error: what stands in place of a list of messages, and what to do with it."""
+    if isinstance(value, str):
+        return "; it is a text: write the list that it holds, if it is JSON"
+    if not isinstance(value, list):
+        return f"; it has the type {type(value).__name__}"
+    if not all(isinstance(text, str) for text in value):
+        return "; it is a list of other things"
+    if name in (*ANSWER, "rejected"):
+        return "; it is a list of texts: write one of them as a text"
+    return "; it is a list of texts: write each with its role, such as user and assistant in turn"
 
 def turns_before(row: Row) -> Turns:
     """The turns before a row's answer: the system text, earlier questions and answers, the question."""
@@ -174,7 +200,7 @@ def turns_before(row: Row) -> Turns:
             else:
                 raise BadInput("history must be a list of [question, answer]")
     # beside `output`, a `prompt` is often a filled template that holds the answer too
-    question = row.get(*(reversed(QUESTION) if "output" in row.fields else QUESTION))
+    question = row.get(*["instruction"] * ("output" in row.fields), *QUESTION)
     question = question.get("full_text", question) if isinstance(question, dict) else question
     below = row.text(*(name for name in BELOW if isinstance(row.fields.get(name), str))).strip()
     if isinstance(question, list | dict):
@@ -185,7 +211,7 @@ def turns_before(row: Row) -> Turns:
             *asked, last = asked
         turns += [*asked, (last[0], f"{last[1]}\n{below}".strip())]
     elif messages := row.get(*MESSAGES):
-        turns += message_turns(messages, "messages")
+        turns += message_turns(messages, row.first(*MESSAGES))
     return clean_turns(turns)
 
 def turns_with(row: Row, turns: Turns, name: str) -> Turns:
@@ -199,7 +225,9 @@ def turns_with(row: Row, turns: Turns, name: str) -> Turns:
             raise Dropped("rows dropped: marked as not to be learned")
         if turns and said[0] == turns[-1]:   # it begins with the last question
             turns = turns[:-1]
-        elif said[0][0] != "Assistant":
+        elif said[0][0] != "Assistant":      # it is the whole conversation
+            if not all(any(text in theirs for _, theirs in said) for _, text in turns[len(system):]):
+                row.unused |= row.read & {*QUESTION, *BELOW, *MESSAGES, "history"}
             turns = system
         turns = clean_turns(turns + [("Assistant" if role == "unlearned" else role, text)
                                      for role, text in said])
@@ -233,10 +261,23 @@ def example(turns: Turns, chosen: str | None = None, rejected: str | None = None
     return turns, chosen and chosen.strip(), rejected and rejected.strip()
 
 # ------------------------------------------------------------ kinds
+def refuse_disliked(row: Row, tally: Counter):
+    """Dropped where the label is false. A number or another word may be that of a class."""
+    label = str(row.get(*LABEL)).strip().lower()
+    if label == "false":
+        raise Dropped("rows dropped: marked as not to be learned")
+    if label not in ("true", "none"):
+        tally["rows whose label is neither true nor false, which is not looked at"] += 1
+
+def pair_scores(row: Row) -> list:
+    """How good the chosen and the rejected answer are, or [] where the row does not say it."""
+    both = ([row.get(name) for name in names] for names in SCORES)
+    return next((scores for scores in both if None not in scores), [])
+
 def read_pair(row: Row, tally: Counter) -> list[Example]:
     """Two answers. They are comparable only if the turns before them are the same."""
-    scores = row.get("score_chosen", "chosen-rating"), row.get("score_rejected", "rejected-rating")
-    if None not in scores and scores[0] == scores[1]:
+    scores = pair_scores(row)
+    if scores and scores[0] == scores[1]:
         raise Dropped("pairs dropped: equal scores")
     before = turns_before(row)
     last = before[-1] if before else ("", "")
@@ -246,7 +287,10 @@ def read_pair(row: Row, tally: Counter) -> list[Example]:
     *other_turns, (_, rejected) = turns_with(row, before, "rejected")
     if turns != other_turns:
         raise Dropped("pairs dropped: their transcripts differ before the last answer")
-    return [example(turns, chosen, rejected)]
+    pair = example(turns, chosen, rejected)
+    if scores and all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:
+        tally["pairs kept although their rejected answer has the higher score"] += 1
+    return [pair]
 
 def read_scored(row: Row, tally: Counter) -> list[Example]:
     """Two answers such as response_0 and response_1. score_0 and score_1 say how good each is, or
@@ -285,9 +329,8 @@ def read_shp(row: Row, tally: Counter) -> list[Example]:
 def read_conversation(row: Row, tally: Counter) -> list[Example]:
     """One example per answer, with the turns before the answer as its prompt. A question at the end makes a
     prompt too. An answer that is marked as not to be learned is only a turn of later prompts."""
-    if row.says_no(*LABEL):
-        raise Dropped("conversations dropped: marked as not to be learned")
-    said = message_turns(row.get(*MESSAGES) or [], "messages", unlearned="unlearned")
+    refuse_disliked(row, tally)
+    said = message_turns(row.get(*MESSAGES) or [], row.first(*MESSAGES), unlearned="unlearned")
     turns = clean_turns([("System", row.text(*SYSTEM)), *said])
     prompts = [("Assistant" if role == "unlearned" else role, text) for role, text in turns]
     examples = [(prompts[:i], text, None) for i, (role, text) in enumerate(turns) if role == "Assistant"]
@@ -303,8 +346,7 @@ def read_conversation(row: Row, tally: Counter) -> list[Example]:
 
 def read_demonstration(row: Row, tally: Counter) -> list[Example]:
     """A question and its answer. Without the answer it is a prompt."""
-    if row.says_no(*LABEL):
-        raise Dropped("rows dropped: marked as not to be learned")
+    refuse_disliked(row, tally)
     name = next((name for name in ANSWER if name in row.fields), None)
     if name is None:
         return read_prompt(row, tally)
@@ -325,7 +367,7 @@ def read_plain_text(row: Row, tally: Counter) -> list[Example]:
 # one line here.
 KINDS: list[tuple[list[tuple[str, ...]], Callable[[Row, Counter], list[Example]]]] = [
     ([("chosen",), ("rejected",)], read_pair),                     # with a prompt, or whole transcripts
-    ([QUESTION, ("score_0", "better_response_id")], read_scored),  # and response_0, response_1
+    ([QUESTION, SCORED], read_scored),                             # and response_0, response_1
     ([("history",), ("human_ref_A",), ("human_ref_B",), ("labels",)], read_shp),
     ([MESSAGES], read_conversation),
     ([QUESTION, ANSWER], read_demonstration),
@@ -371,50 +413,118 @@ def refuse_unusable(row: Row):
 
 # ------------------------------------------------------------ hints
 ONE_MESSAGE = "is one message, not a conversation: join the messages of each thread into one row of messages"
-# Parts of names by which a field that no kind knows is guessed.
-GUESSES = {"prompt": "prompt|question|query|instruct|input|problem|post|context|user|human|ask",
-           "chosen": "chos|better|best|good|win|positive|pref|answer|response|reply|complet|output|solution",
-           "rejected": "reject|worse|worst|bad|lose|negative|dispref"}
-VERDICT = re.compile("winner|preference|preferred$|better|label", re.IGNORECASE)
+# Words in the names of fields that no kind knows, the surest first, by which their places are guessed.
+GUESSES = {"prompt": "prompt query question instruct input problem dialog post document article context user "
+                     "human ask",
+           "rejected": "reject worse worst bad lose negative dispref",
+           "chosen": "chos better best good win positive preferred accept select edited answer response "
+                     "reply complet output target solution summar demonstration assistant"}
+# Words in the names of fields that hold neither a prompt nor an answer, but something about them.
+ASIDE = re.compile("(?:id|idx|uuid|hash|sha|source|model|date|time|timestamp|created|url|uri|link|path|file|"
+                   "lang|language|categor(?:y|ie)|type|format|split|subset|num|number|count|len|length|token|"
+                   "name|dataset|task|topic|domain|worker|annotator|author|title|tag|score|rating|rank|reward|"
+                   "level|status|version|batch|country|meta|metadata|seed|audience|winner|preference|label|"
+                   "choice)s?")
+PLACES = ("messages", "text", "prompt", "chosen", "rejected")      # in the order in which they are named
+VERDICT = re.compile("winner|preference|preferred$|^pref$|better|label|choice", re.IGNORECASE)
+
+def fits(name: str, place: str) -> bool:
+    """Whether a field's name has one of the words of a place."""
+    return any(word in name.lower() for word in GUESSES[place].split())
+
+def is_aside(name: str) -> bool:
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)      # userId and user_ids have the words user and id
+    return not name or any(ASIDE.fullmatch(word.lower()) for word in words)
+
+def may_be_text(name: str, value: object) -> bool:
+    """Whether a field may hold a prompt or an answer, and not a number, a date, an address or a name."""
+    return (isinstance(value, str) and not is_aside(name) and not re.fullmatch(r"[\d\s.,:/TZ+-]*", value)
+            and (len(value.split(maxsplit=1)) > 1 or not re.search(r"[\d_/@]", value)))
 
 def suggestion(row: Row) -> str:
     """The end of an error: what to do with the fields of this row, as a guess."""
-    texts = [name for name, value in row.fields.items() if isinstance(value, str) and name not in GUESSES]
-    lists = {name: value[0] for name, value in row.fields.items()
-             if isinstance(value, list) and isinstance(value[0], dict)}
-    chats = [name for name, message in lists.items() if message.keys() & {"role", "from"}]
     if row.has("role") and row.has("content"):
         return f"; each row {ONE_MESSAGE}"
-    if isinstance(row.fields.get("data"), list) or (lists and not chats and not texts):
-        name = "data" if "data" in row.fields else next(iter(lists))
-        return f'; if the rows lie in its field "{name}", write that list as the file'
-    if len(chats) == 1:
-        return f"; say which field is which, as in --columns {shlex.quote(f'messages={chats[0]}')}"
-    return guess(row, texts) if not chats else ""
+    firsts = {name: value[0] for name, value in row.fields.items() if isinstance(value, list)}
+    chats = [name for name, first in firsts.items()
+             if isinstance(first, dict) and first.keys() & {"role", "from"}]
+    for name in [name for name in firsts if name not in chats]:
+        first = firsts[name]
+        if isinstance(first, str) and re.search("dialog|conversation|turn|chat|^data$", name.lower()):
+            return f'; its field "{name}" is a list of texts: write each as a message with its role'
+        if isinstance(first, dict) and not row.has(*QUESTION) and (
+                name in ("data", "examples", "instances", "rows")
+                or find_reader(first.keys()) not in (None, read_plain_text)):
+            return f'; if the rows lie in its field "{name}", write that list as the file'
+    return guess(row, chats) if len(chats) < 2 else ""
 
-def guess(row: Row, texts: list[str]) -> str:
-    """--columns with the fields that hold text; the worse answer only where a name tells it."""
+def guess(row: Row, chats: list[str]) -> str:
+    """What to do with the fields that hold text: --columns, if the places of some can be told."""
+    texts = [name for name, value in row.fields.items()
+             if may_be_text(name, value) and name not in (*GUESSES, *row.columns, *row.read)]
+    found = by_words(row, texts)
+    has_answer = "chosen" in found or row.has("chosen", *SCORED, *({*ANSWER} & row.columns.keys()))
+    if chats:
+        if not row.has("prompt") and (has_answer or chats[0] not in MESSAGES):
+            found["prompt" if has_answer else "messages"] = chats[0]
+        return as_flag(row, found)
+    left = [name for name in texts if name not in found.values()]
+    if left and len(texts) == 1 and not row.has(*GUESSES):
+        return as_flag(row, {"text": texts[0]})
+    if left and "prompt" not in {*found, *row.names}:
+        found["prompt"] = left.pop(0)
+    if not has_answer:
+        left = [name for name in left if not fits(name, "prompt")]
+        deep = [name for name, value in row.fields.items() if isinstance(value, list | dict)
+                and holds_text(value) and name not in row.read and not is_aside(name)]
+        if deep and not left or any(fits(name, "chosen") for name in deep):
+            return f"; what lies inside {', '.join(deep)} has to be written as fields of the row first"
+        found |= longest(row, left)
+    return as_flag(row, found)
+
+def longest(row: Row, left: list[str]) -> dict[str, str]:
+    """The field with the longest text as the answer. One word beside sentences is rather a name: no answer
+    then; FIELD, where the row must have one to be of any kind."""
+    n_words = {name: len(value.split()) for name, value in row.fields.items() if isinstance(value, str)}
+    best = max(left, key=lambda name: len(row.fields[name]), default=None)
+    if best and n_words[best] == 1 < max(n_words.values()):
+        return {} if row.read else {"chosen": "FIELD"}
+    return {"chosen": best} if best else {}
+
+def by_words(row: Row, texts: list[str]) -> dict[str, str]:
+    """{place: field} for the places that a row lacks, by the words in the fields' names. Beside answer_a as
+    the better answer, answer_b is the worse one."""
     found = {}
-    for name in ("prompt", "rejected", "chosen"):                  # "dispreferred" would fit chosen, too
-        left = [text for text in texts if text not in found.values()]
-        fits = [text for text in left if re.search(GUESSES[name], text.lower())]
-        if name not in row.names and (fits or left and name != "rejected"):
-            found[name] = (fits or left)[0]
-    if "chosen" in found and "rejected" not in {*found, *row.names}:               # answer_a and answer_b
-        stem = found["chosen"][:-1]
-        twins = [text for text in texts if stem and text[:-1] == stem and text not in found.values()]
-        verdicts = [name for name in row.names if VERDICT.search(name) and name not in found.values()]
-        if twins and verdicts:
-            return f'; write the answer that "{verdicts[0]}" prefers as chosen, the other one as rejected'
-        found |= {"rejected": twins[0]} if twins else {}
-    if len(texts) == 1 and not row.has(*GUESSES) and not re.search(GUESSES["prompt"], texts[0].lower()):
-        found = {"text": texts[0]}
-    named = [shlex.quote(f"{name}={found[name]}") for name in ("text", *GUESSES) if name in found]
-    return f"; say which field is which, as in --columns {' '.join(named)}" if named else ""
+    for place, words in GUESSES.items():
+        left = [name for name in texts if name not in found.values()]
+        best = [name for word in words.split() for name in left if word in name.lower()]
+        if best and place not in row.names and (place == "prompt" or not row.has(*SCORED)):
+            found[place] = best[0]
+    if "chosen" in found and "rejected" not in {*found, *row.names}:
+        stem, others = found["chosen"][:-1], [name for name in texts if name not in found.values()]
+        if twins := [name for name in others if stem and name[:-1] == stem]:
+            found["rejected"] = twins[0]
+    return found
+
+def as_flag(row: Row, found: dict[str, str]) -> str:
+    """The flag --columns with these fields. Where another field says which of two answers is better, the row
+    has to be written anew."""
+    chosen, rejected, has = found.get("chosen", ""), found.get("rejected", ""), {*found, *row.names}
+    verdict = next((name for name in row.names if VERDICT.search(name) and name not in found.values()), "")
+    if verdict and rejected and chosen[:-1] == rejected[:-1] != "":
+        prompt = f'"{found["prompt"]}" as prompt, ' if "prompt" in found else ""
+        return f'; write {prompt}the answer that "{verdict}" prefers as chosen, the other one as rejected'
+    if "rejected" in has and "chosen" not in has:
+        found["chosen"] = "FIELD"
+    if "chosen" in found and has.isdisjoint(("prompt", *QUESTION, *MESSAGES)):
+        found["prompt"] = "FIELD"
+    named = [*row.columns.items(), *((place, found[place]) for place in PLACES if place in found)]
+    words = " ".join(shlex.quote(f"{place}={name}") for place, name in named)
+    return f"; say which field is which, as in --columns {words}" if found else ""
 
 # What other templates put around their turns; here it is ordinary text.
-OTHER_TEMPLATES = re.compile(r"\[/?INST\]|</?s>|<start_of_turn>|### (?:Instruction|Response|Human|Assistant):"
-                             r"|<\|(?:im_start|im_end|eot_id|start_header_id|user|assistant|system)\|>")
+OTHER_TEMPLATES = re.compile(r"\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<extra_id_\d>|"
+                             r"<[|｜][\w▁]{1,40}[|｜]>|### (?:Instruction|Response|Human|Assistant):")
 
 def other_template(example: Example) -> str | None:
     """The special token of another template that one of the texts holds, or None."""
@@ -426,25 +536,49 @@ def holds_text(value: object) -> bool:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return isinstance(value, str) or any(map(holds_text, itertools.islice(values, 10)))
 
+# Fields that are not read, and of which nothing is said: ids, and the model that wrote the answers.
+SILENT = re.compile(r"(^|[_.])id$|^model$")
+OF_MESSAGE = {"role", "from", "content", "value", "name", *WEIGHT}
+
+def unread_fields(row: Row, found: list[Example], known: set[str]) -> set[str]:
+    """The fields of a row and of its messages, such as messages.thinking, that hold a text which is not part
+    of the row's examples; without those that are known already."""
+    read = row.read - row.unused
+    names = {name for name, value in row.fields.items() if name not in read | known and holds_text(value)}
+    if names:                                # a copy of what is read is not worth a word
+        texts = {text for turns, *answers in found for text in (*(text for _, text in turns), *answers)}
+        texts |= {str(row.fields[name]).strip() for name in read}
+        names = {name for name in names if str(row.fields[name]).strip() not in texts}
+    for name in row.read:
+        value = row.fields[name]
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, dict) and message.keys() & {"role", "from"}:
+                names |= {f"{name}.{key}" for key, inner in message.items()
+                          if key not in OF_MESSAGE and not is_absent(inner) and holds_text(inner)}
+    return {name for name in names - known if not SILENT.search(name)}
+
 # ------------------------------------------------------------ files
 def read_examples(path: str | Path, tally: Counter, columns: dict[str, str]) -> list[Example]:
     """The examples of all rows of a file or folder. Notes, once each, which of its texts are not read, and
     whether some hold another template's special tokens. BadInput names the line."""
-    examples, read, unread = [], set(), set()
+    examples, read, unused, unread, hint = [], set(), set(), set(), ""
     for file in data_files(path):
         for where, fields in read_rows(file):
             try:
-                row = Row(renamed(fields, columns))
+                row = Row(renamed(fields, columns), columns)
                 found = row_examples(row, tally)
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
             examples += found
-            if found and not row.fields.keys() <= unread | row.read:
-                read |= row.read
-                texts = {str(row.fields[name]).strip() for name in row.read}
-                unread |= {name for name, value in row.fields.items() if name not in row.read
-                           and holds_text(value) and str(value).strip() not in texts}
-    if unread := sorted(name for name in unread - read if not re.search("(^|_)id$", name)):
+            read |= row.read
+            if found and (new := unread_fields(row, found, unread)):
+                unread |= new
+                unused |= row.unused
+                hint = hint or (suggestion(row) if found[-1][1] is None else "")
+    if hint:
+        n = sum(chosen is None for _, chosen, _ in examples)
+        tally[f"prompts of {path} have no answer{hint} (docs/data.md)"] += n
+    if unread := sorted(unread - read | unread & unused):
         note(f"{path}: fields that hold text and are not read: {', '.join(unread)}")
     if foreign := next(filter(None, map(other_template, examples)), None):
         note(f"{path}: some texts hold {foreign}, which belongs to another template; here it is ordinary "
@@ -459,7 +593,8 @@ def renamed(fields: object, columns: dict[str, str]) -> dict:
     return {name: value for name, value in fields.items() if name not in columns.values()} | new
 
 def check_columns(columns: dict[str, str], paths: list[str]):
-    """BadInput where --columns names what no kind of row has, or a field that the first rows do not have."""
+    """BadInput where --columns names what no kind of row has, or a field that the first rows of none of the
+    paths have."""
     if unknown := [name for name in columns if name not in COLUMNS and name[-2:] not in ("_0", "_1")]:
         raise BadInput(f"--columns {unknown[0]}=...: no kind of row has the field {unknown[0]}; there are "
                        f"{', '.join(sorted(COLUMNS))}")

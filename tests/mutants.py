@@ -41,6 +41,7 @@ TESTS = {
     "runtime/engine.py": ["test_runtime.py"],
     "runtime/flags.py": ["test_runtime.py"],
     "runtime/kinds.py": ["test_kinds.py", "test_data.py"],
+    "runtime/rows.py": ["test_kinds.py", "test_data.py"],
     "runtime/ranks.py": ["test_runtime.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
 }
@@ -58,10 +59,10 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-patterns, foreign, folders, adapters, kinds, ranks, engine, checkpoint, read, convert, write = (
+patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, read, convert, write = (
     partial(Fault, f"runtime/{name}.py")
-    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "ranks", "engine", "checkpoint",
-                 "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
+    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
+                 "checkpoint", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -277,6 +278,26 @@ FAULTS = [
     kinds("turns + said[-1:]", "turns + said"),
     kinds("if name not in columns.values()", "if name in columns.values()"),
     kinds('for gap in ("\\n\\n", "\\n", "")', 'for gap in ("\\n", "")'),
+    kinds('["instruction"] * ("output" in row.fields)', "[]"),
+    kinds("scores and scores[0] == scores[1]", "scores and scores[0] is scores"),
+    kinds("scores[0] < scores[1]:", "scores[0] > scores[1]:"),
+    kinds("if None not in scores), [])", "if any(scores)), [])"),
+    kinds('if label == "false":', 'if label in ("false", "0"):'),
+    kinds('if label not in ("true", "none"):', 'if label not in ("true", "none", "0"):'),
+    kinds("if not all(any(text in theirs", "if not any(any(text in theirs"),
+    kinds("read = row.read - row.unused", "read = row.read"),
+    kinds("unread - read | unread & unused", "unread - read"),
+    kinds("read |= row.read\n", "read = row.read\n"),
+    kinds("if found[-1][1] is None else", "if found[-1][1] is not None else"),
+    kinds("if key not in OF_MESSAGE and", "if"),
+    kinds(" and not is_aside(name) and not re.fullmatch", " and not re.fullmatch"),
+    kinds("if deep and not left or any(", "if deep and left or any("),
+    kinds("== 1 < max(n_words.values())", "== 1 > max(n_words.values())"),
+    kinds("*row.columns.items(), *(", "*("),
+    rows(r'r"^\d{4}\.parquet$", ', ""),
+    rows("if is_first and", "if number == 1 and"),
+    rows('b"\\xff" * 4: f"is an arrow file; {ARROW}"', ""),
+    rows("|held|hold)", "|held)"),
 
     # tokenizers: the space before an answer, special tokens, which ids end an answer, what transformers reads
     data('text if self.puts_space or not text else f" {text}"', "text"),

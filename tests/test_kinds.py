@@ -185,6 +185,16 @@ KINDS |= {
         {"history": "Human: hi\n\nAssistant: yo", "human_ref_A": "so", "human_ref_B": "no", "labels": 1},
         [Record([("Human", "Human: hi\n\nAssistant: yo")], "so", "no")]),
     "a conversation in the singular": ({"conversation": [WHY, SO], "language": 3}, ANSWER),
+    "the role of OASST's questions": ({"messages": [{"role": "prompter", "content": "why?"}, SO]}, ANSWER),
+    "prompt before question": ({"prompt": "why?", "question": "who?", "output": "so"}, ANSWER),
+    "question before instruction": ({"question": "why?", "instruction": "who?", "answer": "so"}, ANSWER),
+    "instruction first beside output": (
+        {"prompt": "what?", "question": "who?", "instruction": "why?", "output": "so"}, ANSWER),
+    "the number of a class is no judgement": ({"instruction": "why?", "output": "so", "label": 0}, ANSWER),
+    "the name of a class is no judgement": ({"messages": [WHY, SO], "label": "negative"}, ANSWER),
+    "a label that is true": ({"prompt": "why?", "completion": "so", "kto_tag": True}, ANSWER),
+    "scores of which one is absent": (
+        {"prompt": "why?", "chosen": "so", "rejected": "no", "score_chosen": 1, "rating_rejected": 1}, PAIR),
 }
 
 
@@ -231,6 +241,9 @@ DROPPED = {
     "prompt ends with": {"prompt": [WHY, SO], "chosen": "yes", "rejected": "no"},
     "message is empty": {"instruction": "and?", "output": "so", "history": [["why?", None]]},
     "no text": {"text": "\n"},
+    **{f"{' ' * i}equal scores": {"prompt": "why?", "chosen": "so", "rejected": "no", **{
+        form.replace("@", side): 5 for side in ("chosen", "rejected")}} for i, form in enumerate((
+            "@_score", "@-score", "rating_@", "@_rating", "@-rating", "@_avg_rating"), 1)},
 }
 
 
@@ -246,6 +259,21 @@ def test_a_file_whose_rows_are_all_dropped_is_an_error_with_the_reasons(tmp_path
     why = "no usable rows; 1 conversations dropped: a role .*; 2 pairs dropped: equal"
     with pytest.raises(BadInput, match=why):
         read(tmp_path, DROPPED["role"], DROPPED["equal scores"], DROPPED["equal scores"])
+
+
+def test_a_pair_whose_scores_contradict_it_is_kept_and_counted(tmp_path):
+    row = {"prompt": "why?", "chosen": "so", "rejected": "no", "chosen_rating": 1, "rejected_rating": 5}
+    records, tally = read(tmp_path, row, {**row, "chosen_rating": 6}, row)
+    assert records == PAIR * 3
+    assert tally == {"pairs kept although their rejected answer has the higher score": 2}
+
+
+def test_a_label_that_is_not_looked_at_is_counted(tmp_path):
+    rows = [{"prompt": "why?", "completion": "so", "label": label} for label in (0, 1, 2, "bad", True, None)]
+    records, tally = read(tmp_path, *rows, {**rows[0], "label": False})
+    assert records == ANSWER * 6
+    assert tally == {"rows whose label is neither true nor false, which is not looked at": 4,
+                     "rows dropped: marked as not to be learned": 1}
 
 
 def test_answers_of_weight_0_are_counted(tmp_path):
@@ -276,6 +304,45 @@ def test_answers_of_weight_0_are_counted(tmp_path):
     ({"prompt": {"0": "why?"}, "n": {"0": 1}}, "orient='records'"),
     ({"question": "why?"}, "--columns prompt=question"),
     ({"n": 3}, "its fields n match no known kind of row "),
+    # which texts may be a prompt or an answer
+    ({"id": "13818513", "dialogue": "Amanda: hi", "summary": "Amanda greets."},
+     r"prompt=dialogue chosen=summary \("),
+    ({"task_name": "task1", "id": "task1-a", "definition": "Add them.", "inputs": "1 and 1",
+      "targets": "It is 2"}, r"prompt=inputs chosen=targets \("),
+    ({"question": "why?", "source": "flan_v2_cot", "date": "2016/01/01", "userId": "a b", "language": "en"},
+     r"prompt=question \("),
+    ({"query": "why so?", "about": "https://a.b/c", "when": "2023-02-05 14:23", "nr": "52", "by": "gpt-4"},
+     r"prompt=query \("),
+    ({"q": "why is it so?", "speaker": "Anna"}, r"prompt=q chosen=FIELD \("),
+    ({"num_params": "52B", "transcript": "Human: a, b", "task_description": "of a worker"},
+     r"--columns text=transcript \("),
+    ({"input": "why?", "accepted": "so", "rejected": "no"}, r"prompt=input chosen=accepted \("),
+    ({"x": "why so?", "rejected": "no"}, r"prompt=x chosen=FIELD \("),
+    ({"target": "Good day.", "source": "Guten Tag."}, r"prompt=FIELD chosen=target \("),
+    ({"q": "why?", "notes": "a b", "y": "so it is", "tags": ["a"]}, r"prompt=q chosen=y \("),
+    # what has to be written anew
+    ({"question": "why?", "context": "The sky.", "answers": {"text": ["so"], "answer_start": [3]}},
+     "; what lies inside answers has to be written as fields of the row first"),
+    ({"instruction": "why?", "source": "a b", "models": ["a"], "completions": [{"response": "so"}]},
+     "what lies inside completions has"),
+    ({"info": {"post": "why?"}, "summaries": [{"text": "so"}, {"text": "no"}], "choice": 0, "worker": "ab"},
+     "what lies inside info, summaries has"),
+    ({"summary1": "so", "summary2": "no", "pref": 0}, '; write the answer that "pref" prefers as chosen, '),
+    ({"context": [WHY], "response1": "so", "response2": "no", "overall_preference": -2},
+     '; write "context" as prompt, the answer that "overall_preference" prefers as chosen, the other one'),
+    ({"context": [WHY], "response_0": "so", "response_1": "no", "better_response_id": 0},
+     r"--columns prompt=context \("),
+    ({"trajectory": [WHY], "chosen": "so", "rejected": "no"}, "--columns prompt=trajectory"),
+    # lists that are not what their name says
+    ({"id": "0", "data": ["why?", "so"]}, 'field "data" is a list of texts: write each as a message with'),
+    ({"data": [WHY, SO]}, "--columns messages=data"),
+    ({"conversations": ["why?", "so"]}, "conversations must be a list of messages .*; it is a list of texts: "
+                                        "write each with its role"),
+    ({"messages": json.dumps([WHY, SO])}, "messages must be .*; it is a text: write the list that it holds"),
+    ({"messages": [WHY, 3]}, "messages must be .*; it is a list of other things"),
+    ({"messages": 3}, "messages must be .*; it has the type int"),
+    ({"prompt": "why?", "chosen": ["so"], "rejected": ["no"]}, "chosen must be .*: write one of them"),
+    ({"prompt": {"text": "why?", "role": "prompter", "replies": []}}, "prompt is a tree of messages: .*thre"),
 ])
 def test_a_row_of_no_known_kind_gets_a_hint_filled_in_with_its_own_fields(row, said, tmp_path):
     with pytest.raises(BadInput, match=f"rows.jsonl:1: .*{said}"):
@@ -287,6 +354,75 @@ def test_the_columns_that_an_error_shows_make_the_file_readable(tmp_path):
     assert read(tmp_path, row, prompt="query", chosen="good", rejected="bad")[0] == PAIR
 
 
+def test_a_hint_repeats_what_columns_names_already(tmp_path):
+    row = {"query": "why is it?", "good one": "so it is", "z": "no it is not"}
+    with pytest.raises(BadInput, match=r"as in --columns completion=z prompt=query 'chosen=good one' \("):
+        read(tmp_path, row, completion="z")
+    with pytest.raises(BadInput, match=r"as in --columns input=z prompt=query \("):
+        read(tmp_path, {"query": "why?", "z": "so"}, input="z")
+
+
+PROMPTS = [
+    ({"prompt": "why?", "selected": "so", "rejected": "no"}, "--columns chosen=selected (docs"),
+    ({"prompt": "why?", "rejected": "no"}, "--columns chosen=FIELD (docs"),
+    ({"prompt": "why?", "text": "so it is"}, "--columns chosen=text (docs"),
+    ({"prompt": "why?", "answer_a": "so", "answer_b": "no", "winner": "model_a"}, 'that "winner" prefers as'),
+    ({"prompt": "why?", "answers": [{"answer": "so", "rank": 1}]}, "what lies inside answers has to be"),
+    ({"messages": [WHY], "completion": "so"}, "--columns prompt=messages chosen=completion (docs"),
+]
+
+
+@pytest.mark.parametrize("row, hint", PROMPTS)
+def test_prompts_beside_what_may_be_their_answers_are_counted_with_a_hint(row, hint, tmp_path, notes):
+    records, tally = read(tmp_path, row, {**row, "n": 3})
+    (what, n), = tally.items()
+    assert records == [Record(ASK)] * 2 and n == 2 and hint in what and "not read: " in notes()
+    assert what.startswith(f"prompts of {tmp_path}/rows.jsonl have no answer; ")
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "why?"}, {"prompt": "why is it?", "source": "a b", "persona": "Ann"},
+    {"messages": [WHY], "language": "en"}, {"messages": [WHY, SO], "text": "a b"},
+    {"prompt": "why?", "response": "so", "reason": "a b"}])
+def test_other_rows_get_no_such_hint(row, tmp_path):
+    assert read(tmp_path, row)[1] == {}
+
+
+def test_the_error_of_a_step_without_rows_shows_how_the_answers_are_found(tmp_path, rows_of):
+    rows = [{"prompt": f"why {i}?", "selected": "so", "rejected": "no"} for i in range(9)]
+    write(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(BadInput, match="0 usable rows.*9 prompts of .* no answer; .*columns chosen=selected"):
+        rows_of()
+    assert len(rows_of("--columns", "chosen=selected", "--split", "none", "--eval-data",
+                       tmp_path / "rows.jsonl")[0]) == 9
+
+
+# ------------------------------------------------------------ what is not read
+def test_a_prompt_that_the_whole_conversations_beside_it_do_not_hold_is_named(tmp_path, notes):
+    pair = {"chosen": [WHY, SO], "rejected": [WHY, NO]}
+    same = [{**pair, "prompt": " why?"}, {**pair, "prompt": "\n\nHuman: why?\n\nAssistant:"}, pair]
+    assert read(tmp_path, *same)[0] == PAIR * 3 and notes() == ""
+    assert read(tmp_path, *same, {**pair, "prompt": "You are a pirate."})[0] == PAIR * 4
+    assert notes().endswith("fields that hold text and are not read: prompt\n")
+
+
+def test_fields_of_messages_that_hold_text_and_are_not_read_are_named_once(tmp_path, notes):
+    silent = {"name": "Ann", "id": "a", "message_id": "b", "weight": 1, "empty": "", "n": 3}
+    messages = [WHY | silent, SO | silent | {"thinking": "Hm."}]
+    read(tmp_path, {"messages": [WHY, SO]}, {"messages": messages}, {"messages": messages})
+    said = notes()
+    assert said.count("note:") == 1 and said.endswith("text and are not read: messages.thinking\n")
+    note.cache_clear()
+    read(tmp_path, {"prompt": [WHY], "chosen": SO | {"reasoning_content": "Hm."}, "rejected": NO})
+    assert notes().endswith("not read: chosen.reasoning_content\n")
+
+
+def test_copies_of_what_is_read_are_not_named(tmp_path, notes):
+    read(tmp_path, {"messages": [WHY, SO], "prompt": "why?", "reply": " so", "model": "runs/ppo"})
+    read(tmp_path, {"messages": [WHY, SO], "prompt": "what?"})
+    assert notes().count("note:") == 1 and notes() == ""
+
+
 def test_fields_that_hold_text_and_are_not_read_are_named_once(tmp_path, notes):
     row = {"prompt": "why?", "answer_key": "so", "score": 3, "id": "a1", "prompt_id": "b2", "empty": ""}
     row |= {"choices": ["a", "b"], "copy": " why?", "n": [1]}
@@ -295,7 +431,10 @@ def test_fields_that_hold_text_and_are_not_read_are_named_once(tmp_path, notes):
     assert notes() == f"note: {tmp_path}/rows.jsonl: {names}\n"
 
 
-@pytest.mark.parametrize("text", ["[INST] why? [/INST]", "<|im_start|>user\nwhy?", "<s>why?", "a<|eot_id|>b"])
+@pytest.mark.parametrize("text", [
+    "[INST] why? [/INST]", "<|im_start|>user\nwhy?", "<s>why?", "a<|eot_id|>b", "why?\n<extra_id_1>User\n",
+    "<start_of_turn>user", "<|start_header_id|>user", "<|User|>why?", "<｜User｜>why?", "<|prompter|>why?",
+    "<｜begin▁of▁sentence｜>why?"])
 def test_text_with_another_templates_special_tokens_gets_a_note(text, tmp_path, notes):
     read(tmp_path, {"text": text}, {"text": text})
     assert notes().count("note:") == 1
@@ -305,7 +444,7 @@ def test_text_with_another_templates_special_tokens_gets_a_note(text, tmp_path, 
 
 
 def test_ordinary_text_gets_no_note(tmp_path, notes):
-    read(tmp_path, {"text": "a [link], a < b, x|y, <b>bold</b>, [INSTRUCTION]"})
+    read(tmp_path, {"text": "a [link], a < b, x|y, <b>bold</b>, [INSTRUCTION], f <| x |> g, <||>"})
     assert notes() == ""
 
 
@@ -401,7 +540,12 @@ def test_a_folder_of_parquet_shards_is_read(tmp_path):
     (["hh_train.json", "hh_eval.json"], "splits"), (["train.jsonl", "held-out.jsonl"], "splits"),
     (["train1.json", "test1.json"], "splits"),
     (["train/a.jsonl", "validation/a.jsonl"], "splits"), (["a.json", "a.jsonl.gz"], "same file in several"),
-    (["snapshots/1/a.json", "snapshots/2/b.json"], "several snapshots, such as [12] and [12]")])
+    (["snapshots/1/a.json", "snapshots/2/b.json"], "several snapshots, such as [12] and [12]"),
+    (["train.jsonl", "holdout.jsonl"], "splits"),
+    *[(names, "several formats, which may be the same rows twice, such as .*; name those that you mean")
+      for names in (["train.jsonl", "train-00000-of-00001.parquet"], ["train.jsonl", "data/train.parquet"],
+                    ["a.json.gz", "b/c.PARQUET"], ["a.parquet", "b.jsonl"],
+                    ["data/train-00000-of-00001.parquet", "default/train/0000.parquet"])]])
 def test_a_folder_whose_rows_would_be_mixed_is_refused(names, what, tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -411,7 +555,8 @@ def test_a_folder_whose_rows_would_be_mixed_is_refused(names, what, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["train-0.jsonl", "train-1.jsonl"], ["train/evaluations.jsonl"],
-                                   ["testimony.jsonl", "devices.jsonl", "train.JSONL"]])
+                                   ["testimony.jsonl", "devices.jsonl", "train.JSONL"],
+                                   ["a.json", "b.jsonl", "c.json.gz"], ["holder.jsonl"]])
 def test_a_folder_of_one_split_is_read(names, tmp_path):
     (tmp_path / "train").mkdir()
     for name in names:
@@ -430,12 +575,21 @@ def test_what_is_missing_or_left_out_of_a_folder_is_said(tmp_path, notes):
 
 @pytest.mark.parametrize("content, said", [
     (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"), (b"PK\x03\x04 and", "zip archive"),
-    (b"\xff\xfe{\x00", "UTF-16"), (b"ARROW1\0\0", "to_parquet"),
-    (b"prompt,chosen\nwhy?,so\n", "should be a JSON object")])
+    (b"\xff\xfe{\x00", "UTF-16"), (b"ARROW1\0\0", "to_parquet"), (b"\xff" * 4 + b"\x10\0", "to_parquet"),
+    (b"prompt,chosen\nwhy?,so\n", "should be a JSON object; pandas' read_csv and to_json")])
 def test_a_file_of_another_format_is_named(content, said, tmp_path):
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(BadInput, match=f"rows.json.*{said}"):
         read_records(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("name, said", [("a.csv", "pandas' read_csv"), ("a.TSV", "pandas' read_csv"),
+                                        ("train/data.arrow", "to_parquet"), ("README.md", r"parquet\)$")])
+def test_a_folder_of_another_format_is_refused_with_what_to_do(name, said, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / name).write_text("prompt\nwhy?\n")
+    with pytest.raises(BadInput, match=f"a folder without data files .*{said}"):
+        read_records(tmp_path)
 
 
 def test_runs_of_line_ends_take_no_longer_than_other_text(tmp_path):
@@ -464,8 +618,10 @@ def test_an_error_names_the_row_of_an_array_and_the_line_of_lines(tmp_path):
 
 
 def test_one_object_over_many_lines_is_one_row(tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps({"prompt": "why?", "chosen": "so"}, indent=2))
-    assert read_records(tmp_path / "rows.json") == ANSWER
+    for before in ("", "\n", " \n\n"):
+        text = before + json.dumps({"prompt": "why?", "chosen": "so"}, indent=2)
+        (tmp_path / "rows.json").write_text(text)
+        assert read_records(tmp_path / "rows.json") == ANSWER
     (tmp_path / "rows.json").write_text(json.dumps({"data": [{"prompt": "why?"}]}, indent=2))
     with pytest.raises(BadInput, match='field "data"'):
         read_records(tmp_path / "rows.json")
@@ -536,3 +692,25 @@ def test_every_row_that_the_documentation_shows_is_read(tmp_path, notes):
     columns = dict(pair.split("=") for pair in re.search(r"`--columns (prompt=.*?)`", text)[1].split())
     assert read(tmp_path, json.loads(others), **columns)[0][0].rejected == "No."
     assert notes() == ""
+
+
+def test_the_conversion_that_the_documentation_shows_makes_pairs(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = (REPO / "docs" / "data.md").read_text()
+    code, = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    answers = [{"answer": "no", "rank": 3.0}, {"answer": "so", "rank": 1.0}, {"answer": "well", "rank": 2.0}]
+    rows = [{"prompt": "why?", "answers": answers}, {"prompt": "who?", "answers": answers[:1] * 2},
+            {"prompt": "what?", "answers": answers[:1]}]
+    monkeypatch.chdir(tmp_path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "train.parquet")
+    exec(compile(code, "data.md", "exec"), {})
+    assert read_records("pairs.jsonl") == PAIR
+
+
+def test_other_names_that_the_documentation_shows_are_read(tmp_path):
+    text = (REPO / "docs" / "data.md").read_text()
+    columns = dict(re.findall(r"(\w+)=(\w+)", re.search(r"`--columns (prompt=context .*?)`", text)[1]))
+    row = {"context": [WHY], "response1": "so", "response2": "no", "overall_preference": -2}
+    scores = {"score_0": -row["overall_preference"], "score_1": 0}
+    assert read(tmp_path, row | scores, **columns)[0] == PAIR
+    assert '"score_0": -preference, "score_1": 0' in text
