@@ -450,7 +450,7 @@ def suggestion(row: Row) -> str:
              if isinstance(first, dict) and first.keys() & {"role", "from"}]
     for name in [name for name in firsts if name not in chats]:
         first = firsts[name]
-        if isinstance(first, str) and re.search("dialog|conversation|turn|chat|^data$", name.lower()):
+        if isinstance(first, str) and re.search("dialog|conversation|^turns?$|^chat|^data$", name.lower()):
             return f'; its field "{name}" is a list of texts: write each as a message with its role'
         if isinstance(first, dict) and not row.has(*QUESTION) and (
                 name in ("data", "examples", "instances", "rows")

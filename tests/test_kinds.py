@@ -244,6 +244,8 @@ DROPPED = {
     **{f"{' ' * i}equal scores": {"prompt": "why?", "chosen": "so", "rejected": "no", **{
         form.replace("@", side): 5 for side in ("chosen", "rejected")}} for i, form in enumerate((
             "@_score", "@-score", "rating_@", "@_rating", "@-rating", "@_avg_rating"), 1)},
+    "       equal": {"prompt": "why?", "chosen": "so", "rejected": "no", "score_chosen": 1,
+                     "chosen_rating": 5, "rejected_rating": 5},
 }
 
 
@@ -319,7 +321,7 @@ def test_answers_of_weight_0_are_counted(tmp_path):
     ({"input": "why?", "accepted": "so", "rejected": "no"}, r"prompt=input chosen=accepted \("),
     ({"x": "why so?", "rejected": "no"}, r"prompt=x chosen=FIELD \("),
     ({"target": "Good day.", "source": "Guten Tag."}, r"prompt=FIELD chosen=target \("),
-    ({"q": "why?", "notes": "a b", "y": "so it is", "tags": ["a"]}, r"prompt=q chosen=y \("),
+    ({"q": "why?", "notes": "a b", "y": "so it is", "refs": ["a"]}, r"prompt=q chosen=y \("),
     # what has to be written anew
     ({"question": "why?", "context": "The sky.", "answers": {"text": ["so"], "answer_start": [3]}},
      "; what lies inside answers has to be written as fields of the row first"),
@@ -327,6 +329,8 @@ def test_answers_of_weight_0_are_counted(tmp_path):
      "what lies inside completions has"),
     ({"info": {"post": "why?"}, "summaries": [{"text": "so"}, {"text": "no"}], "choice": 0, "worker": "ab"},
      "what lies inside info, summaries has"),
+    ({"chat": {"turn_1": {"Human": "why?"}}, "num_turns": 1, "meta_instruction": "Be kind."},
+     "what lies inside chat has"),
     ({"summary1": "so", "summary2": "no", "pref": 0}, '; write the answer that "pref" prefers as chosen, '),
     ({"context": [WHY], "response1": "so", "response2": "no", "overall_preference": -2},
      '; write "context" as prompt, the answer that "overall_preference" prefers as chosen, the other one'),
@@ -404,6 +408,9 @@ def test_a_prompt_that_the_whole_conversations_beside_it_do_not_hold_is_named(tm
     assert read(tmp_path, *same)[0] == PAIR * 3 and notes() == ""
     assert read(tmp_path, *same, {**pair, "prompt": "You are a pirate."})[0] == PAIR * 4
     assert notes().endswith("fields that hold text and are not read: prompt\n")
+    note.cache_clear()
+    read(tmp_path, {**pair, "prompt": [WHY, SO, AND]})             # the pair holds its first question only
+    assert notes().endswith("fields that hold text and are not read: prompt\n")
 
 
 def test_fields_of_messages_that_hold_text_and_are_not_read_are_named_once(tmp_path, notes):
@@ -415,6 +422,12 @@ def test_fields_of_messages_that_hold_text_and_are_not_read_are_named_once(tmp_p
     note.cache_clear()
     read(tmp_path, {"prompt": [WHY], "chosen": SO | {"reasoning_content": "Hm."}, "rejected": NO})
     assert notes().endswith("not read: chosen.reasoning_content\n")
+
+
+def test_a_field_that_some_rows_read_is_not_named(tmp_path, notes):
+    read(tmp_path, {"prompt": "why?", "completion": "so", "response": "no"},
+         {"prompt": "why?", "response": "so"}, {"prompt": "why?", "completion": "so"})
+    assert notes() == ""
 
 
 def test_copies_of_what_is_read_are_not_named(tmp_path, notes):
