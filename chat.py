@@ -38,6 +38,7 @@ from llama import Llama
 from lora import load_model
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import Flags, number
+from runtime.gpu import gpu_is_usable
 from runtime.kinds import clean_turns
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
@@ -269,7 +270,7 @@ def base_of_each(folders: list[str], base: str | None) -> list[str | None]:
 
 def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
     """A model ready to answer, on the GPU where there is one."""
-    if torch.cuda.is_available():
+    if gpu_is_usable():
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         device, dtype = "cuda", torch.bfloat16 if has_bfloat16 else torch.float16
     else:

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -334,19 +333,18 @@ class Llama(nn.Module):
     @torch.inference_mode()                  # a tenth faster than no_grad for one row
     def decode(self, ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int = 0, top_p: float = 1.0, eos_id: int | list[int] | None = None,
-               uniforms: Tensor | None = None, together: bool = False) -> Iterator[Tensor]:
+               uniforms: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the new ids (B,) of each step, for left-padded prompts ids, mask (B,P), until all rows end.
 
         temperature: 0 takes the likeliest id. top_k 0 and top_p 1 restrict nothing. eos_id: the id, or ids,
         that end a row, whose later ids are 0; with None no row ends. uniforms (B,max_new_tokens) in [0,1):
-        the random numbers of each row, by default from torch's generator. together: all ranks take as many
-        steps as the longest, because under ZeRO-3 every call of a module waits for all ranks."""
+        the random numbers of each row, by default from torch's generator."""
         B, P = ids.shape
         cache = KVCache(self.config, B, P + max_new_tokens, self.model.norm.weight.dtype, ids.device)
         mask = torch.cat([mask.bool(), mask.new_ones(B, max_new_tokens, dtype=torch.bool)], dim=1)
         if uniforms is None and temperature > 0:
             uniforms = torch.rand(B, max_new_tokens, device=ids.device)
-        next_logits = self.next_logits if together else faster_step(self, ids.device)
+        next_logits = faster_step(self, ids.device)
         rows = torch.arange(B, device=ids.device)                # the rows that are still computed
         alive = torch.ones_like(rows, dtype=torch.bool)          # which of these rows have not ended
         for t in range(max_new_tokens):
@@ -356,28 +354,24 @@ class Llama(nn.Module):
             yield new.new_zeros(B).index_copy(0, rows, new)
             alive = alive & ~is_eos(new, eos_id)
             n_alive = int(alive.sum())
-            if not any_alive(n_alive, together):
+            if n_alive == 0:
                 return
             ids = new[:, None]
-            # Once half the rows have ended, drop the ended ones; under `together` one of them stays.
-            if 2 * n_alive <= len(rows):
-                keep = alive.nonzero().squeeze(1) if n_alive else torch.zeros_like(rows[:1])
+            if 2 * n_alive <= len(rows):     # half of them have ended: compute the others alone
+                keep = alive.nonzero().squeeze(1)
                 rows, alive, ids, mask = (x[keep] for x in (rows, alive, ids, mask))
                 cache.keep(keep)
 
     def generate(self, ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, eos_id: int | list[int] | None = None,
-                 uniforms: Tensor | None = None, together: bool = False,
-                 watch: Callable = iter) -> tuple[Tensor, Tensor]:
+                 uniforms: Tensor | None = None, watch: Callable = iter) -> tuple[Tensor, Tensor]:
         """Collects what decode yields: response_ids, response_mask (B,R). An EOS belongs to its answer; after
         it come id 0 and mask 0. R is the length of the longest answer. watch goes round the steps."""
-        steps = self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms, together)
+        steps = self.decode(ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, uniforms)
         steps = list(watch(steps))
         response = torch.stack(steps, dim=1) if steps else ids[:, :0]       # (B, R)
         ends = is_eos(response, eos_id).long()
-        response_mask = ends.cumsum(1) - ends == 0                          # no EOS before this column
-        longest = int(response_mask.any(0).sum())    # other ranks may have taken more steps (together)
-        return response[:, :longest], response_mask[:, :longest]
+        return response, ends.cumsum(1) - ends == 0                         # no EOS before this column
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
@@ -429,11 +423,3 @@ def is_eos(ids: Tensor, eos_id: int | list[int] | None) -> Tensor:
     for eos in eos_ids:
         found = found | (ids == eos)
     return found
-
-def any_alive(n_alive: int, together: bool) -> bool:
-    """Whether any row goes on: on this rank, or with `together` on any rank."""
-    if together and dist.is_initialized():
-        flag = torch.tensor(n_alive, device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-    return n_alive > 0

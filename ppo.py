@@ -45,12 +45,21 @@ from llama import Llama, LlamaConfig, is_eos
 from lora import add_lora, add_lora_flags, load_adapter, resolve, save_model, use_adapter
 from reward import RewardModel, last_scores, load_reward_model
 from runtime.checkpoint import Run, stoppable
-from runtime.engine import backward_and_step, engine_metrics, gathered, make_engine, save_whole
+from runtime.engine import (
+    backward_and_step,
+    divide_frozen,
+    engine_metrics,
+    gathered,
+    made_whole,
+    make_engine,
+    room_for_answers,
+    save_whole,
+)
 from runtime.errors import BadInput
 from runtime.flags import Flags, accumulation_steps, add_trainer_flags, load_function, number, positive
 from runtime.folders import check_out, find_tensors, read_json, writing
 from runtime.log import Log
-from runtime.ranks import fail_together, gather, run, say, setup, sum_over_ranks
+from runtime.ranks import fail_together, gather, max_over_ranks, run, say, setup, sum_over_ranks
 from sft import n_labels, rows_loss
 
 def get_args():
@@ -68,6 +77,8 @@ def get_args():
     add("--gold", help="Python file with gold(prompt, answer) -> number, measured on held-out answers only")
     add = flags.group("rollout and reward")
     add("--rollout-batch", type=positive, default=64, help="prompts per step, over all ranks")
+    add("--gen-batch", type=positive,
+        help="answers per rank generated at a time; by default as many as a GPU has room for, on a CPU all")
     add("--temperature", type=number(low=0.001), default=1.0, help="of sampling and of all log-probabilities")
     add("--kl-coef", type=number(0), default=0.02, help="beta: what a nat of KL to the reference costs")
     add("--kl-target", type=number(low=0.001),
@@ -228,9 +239,11 @@ class Measures:
 # ------------------------------------------------------------ the four roles
 @dataclass
 class Role:
-    """A network and the adapter that makes it play this role; None is the network without an adapter."""
+    """A network and the adapter that makes it play this role; None is the network without an adapter. Actor
+    and critic have a DeepSpeed engine, which trains them."""
     network: Llama | RewardModel
     adapter: str | None = None
+    engine: object | None = None
 
     def activate(self) -> Llama | RewardModel:
         """Switches the network to this role. Other roles may share it, so never between a forward and its
@@ -270,7 +283,8 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(actor, *lora, name="actor")
         roles = {"actor": Role(actor, "actor"), "ref": Role(actor)}
     else:
-        roles = {"actor": Role(actor), "ref": Role(Llama.from_pretrained(base, dtype, device))}
+        ref = divide_frozen(Llama.from_pretrained(base, dtype, device), args, dtype)
+        roles = {"actor": Role(actor), "ref": Role(ref)}
 
     shared = actor.model if roles["actor"].adapter and reward_adapter and reward_base == base else None
     reward = load_reward_model(args.reward, dtype, device, args.reward_base, name="reward", share=shared)
@@ -284,6 +298,7 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(critic, *lora, name="critic")
         roles |= {"critic": Role(critic, "critic"), "reward": Role(reward)}
     else:
+        reward = divide_frozen(reward, args, dtype)    # before the next network needs its memory
         roles |= {"critic": Role(load_reward_model(args.reward, dtype, device)), "reward": Role(reward)}
 
     n = len({id(role.network.model) for role in roles.values()})
@@ -377,10 +392,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     watch wraps the loops over tokens and micro-batches, so that a signal can stop an evaluation. iter does
     nothing: in training, a signal lets the step finish."""
     ids, mask, uniforms = my_share(prompts, uniforms, roles["actor"].network.lm_head.weight.device)
-    response, response_mask = roles["actor"].activate().generate(
-        ids, mask, args.max_new, args.temperature, eos_id=tokenizer.eos_ids, uniforms=uniforms,
-        together=args.zero_stage == 3, watch=watch)    # together: equally many steps on every rank
-    response, response_mask = pad_to_longest(response), pad_to_longest(response_mask)   # (B,R) on all ranks
+    response, response_mask = answers(roles, ids, mask, uniforms, args, tokenizer, watch)          # (B,R)
     per_token = torch.zeros(3, *response.shape, device=ids.device)
     mine = Rollout(torch.cat([ids, response], 1), torch.cat([mask, response_mask], 1), response_mask,
                    start=ids.shape[1], ended=(is_eos(response, tokenizer.eos_ids) & response_mask).any(1),
@@ -408,11 +420,20 @@ def my_share(prompts: list[list[int]], uniforms: Tensor,
     share = len(ids) // world
     return tuple(x[rank * share:(rank + 1) * share].to(device) for x in (ids, mask, uniforms))
 
-def pad_to_longest(x: Tensor) -> Tensor:
-    """Pads x (B,n) with zeros on the right, to the largest n of any rank."""
-    longest = torch.tensor(x.shape[1], device=x.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return F.pad(x, (0, int(longest) - x.shape[1]))
+def answers(roles: dict[str, Role], ids: Tensor, mask: Tensor, uniforms: Tensor, args: Namespace,
+            tokenizer: Tokenizer, watch: Callable) -> tuple[Tensor, Tensor]:
+    """The actor's answers to this rank's prompts ids, mask (B,P), --gen-batch of them at a time: response
+    ids and mask (B,R). R is the length of the longest answer of any rank."""
+    actor, at_once = roles["actor"].activate(), args.gen_batch or len(ids)
+    pieces = zip(ids.split(at_once), mask.split(at_once), uniforms.split(at_once), strict=True)
+    with made_whole(actor, [role.engine for role in roles.values() if role.engine]):
+        pairs = [actor.generate(some_ids, some_mask, args.max_new, args.temperature,
+                                eos_id=tokenizer.eos_ids, uniforms=some_uniforms, watch=watch)
+                 for some_ids, some_mask, some_uniforms in pieces]
+    response, response_mask = (torch.cat([F.pad(x, (0, args.max_new - x.shape[1])) for x in some])
+                               for some in zip(*pairs, strict=True))
+    longest = int(max_over_ranks(response_mask.any(0).sum())[0])
+    return response[:, :longest], response_mask[:, :longest]
 
 def random_numbers(seed: int, step: int) -> torch.Generator:
     """A generator that depends on the seed and the step alone, so it is the same on every rank."""
@@ -441,8 +462,8 @@ def my_micro_batches(batch: Rollout, rows: Tensor, micro_batch: int) -> list[Rol
     mine = micro_batches(by_length, dist.get_rank(), dist.get_world_size(), micro_batch)
     return [batch.select(some) for some in mine]
 
-def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
-                 n_words: int, measures: Measures, is_first: bool, texts: list):
+def update_actor(role: Role, my_micros: list[Rollout], total: Tensor, args: Namespace, n_words: int,
+                 measures: Measures, is_first: bool, texts: list):
     """One optimiser step of the actor on a mini-batch, of which my_micros is this rank's part. The engine
     counts the backward passes and updates after the last of them. total: what the loss of a micro-batch is
     divided by, the mean number of tokens per micro-batch. texts: rows of the pre-training mix, as many as
@@ -451,7 +472,7 @@ def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, ar
     world = dist.get_world_size()
     text_micros = micro_batches(texts, dist.get_rank(), world, args.micro_batch)
     for i, mb in enumerate(my_micros):
-        new_logp, logits = answer_logps(engine, mb, args.temperature, n_words)
+        new_logp, logits = answer_logps(role.engine, mb, args.temperature, n_words)
         loss = policy_loss(new_logp, mb.old_logp, mb.adv, mb.response_mask, args.clip, total)
         moved = policy_measures(new_logp, mb.old_logp, mb.response_mask, args.clip, total)
         measures.add(policy_loss=loss, entropy=entropy(logits, args.temperature) / total,
@@ -461,31 +482,32 @@ def update_actor(role: Role, engine, my_micros: list[Rollout], total: Tensor, ar
         del logits                           # (N,V), which the backward pass does not need
         if texts:
             ptx_total = n_labels(texts) / (world * len(my_micros))
-            ptx_loss = rows_loss(engine, text_micros[i], ptx_total, new_logp.device)
+            ptx_loss = rows_loss(role.engine, text_micros[i], ptx_total, new_logp.device)
             measures.add(ptx_loss=ptx_loss)
             loss = loss + args.ptx_coef * ptx_loss
-        backward_and_step(engine, loss)
+        backward_and_step(role.engine, loss)
 
-def update_critic(role: Role, engine, my_micros: list[Rollout], total: Tensor, args: Namespace,
-                  measures: Measures):
+def update_critic(role: Role, my_micros: list[Rollout], total: Tensor, args: Namespace, measures: Measures):
     """One optimiser step of the critic on the same micro-batches."""
     role.activate()
     for mb in my_micros:
-        new_values = response_values(engine, mb)
+        new_values = response_values(role.engine, mb)
         loss = value_loss(new_values, mb.values, mb.returns, mb.response_mask, args.value_clip, total)
         measures.add(value_loss=loss)
-        backward_and_step(engine, loss)
+        backward_and_step(role.engine, loss)
 
 def start_average(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """A copy of the weights in float32: the moving average before the first update."""
+    """A copy of the weights in float32, the moving average before the first update. Rank 0 alone has one, in
+    the CPU's memory: that of full training takes 27 GB for a 7B."""
     with gathered(weights.values()):
-        return {name: p.detach().float().clone() for name, p in weights.items()}
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in weights.items()
+                if dist.get_rank() == 0}
 
 def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float):
-    """Moves the average towards the weights. Without --ema the average is empty, and nothing happens."""
-    with gathered([weights[name] for name in average]):
+    """Moves rank 0's average towards the weights."""
+    with gathered(weights.values()):
         for name, mean in average.items():
-            mean.lerp_(weights[name].detach().float(), 1 - decay)
+            mean.lerp_(weights[name].detach().to(mean), 1 - decay)
 
 # ------------------------------------------------------------ 6. log
 def summary(batch: Rollout, score: Tensor) -> dict[str, float]:
@@ -537,7 +559,7 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     save_whole(actor.network, out, save_model, tokenizer_folder, base, actor.adapter)
     if args.save_critic:
         save_whole(critic.network, out / "critic", save_model, tokenizer_folder, reward_base, critic.adapter)
-    if average:
+    if args.ema is not None:
         save_whole(actor.network, out / "ema", save_average, tokenizer_folder, base, actor.adapter)
 
 # (metric, test, usual cause and the flag to turn)
@@ -662,12 +684,16 @@ def main():
     for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
     # Two engines may share a transformer: each has only its own role's weights in its optimiser.
-    engines = {role: make_engine(args, roles[role].network, [*trained[role].values()], lr, steps * updates,
-                                 inputs.accumulation, dtype)
-               for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr))}
-    state.track_engines(**engines)
+    for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)):
+        roles[role].engine = make_engine(args, roles[role].network, [*trained[role].values()], lr,
+                                         steps * updates, inputs.accumulation, dtype,
+                                         shares=actor.model is critic.model)
+    state.track_engines(actor=roles["actor"].engine, critic=roles["critic"].engine)
     average = start_average(trained["actor"]) if args.ema is not None else {}
-    state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())})
+    state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())}, on_all_ranks=False)
+    if args.gen_batch is None and device.type == "cuda":
+        args.gen_batch = room_for_answers(actor, args.max_prompt, args.max_prompt + args.max_new)
+        state.record(gen_batch=args.gen_batch)
     # extra is empty in a new run; if stats is None then, the evaluation before step 1 measures it
     stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)
     mix = stream([len(ids) for ids, _ in inputs.texts], args.mini_batch, args.seed, done=state.step * updates)
@@ -700,7 +726,7 @@ def main():
                                               args.gamma, args.lam)
 
         # 5. update: each rank trains its share of every mini-batch
-        measures, lr = Measures(), engines["actor"].get_lr()[0]
+        measures, lr = Measures(), roles["actor"].engine.get_lr()[0]
         for ppo_epoch in range(args.ppo_epochs):
             order = torch.randperm(args.rollout_batch, generator=rng)
             for n, rows in enumerate(order.split(args.mini_batch)):
@@ -710,15 +736,16 @@ def main():
                 total = batch.response_mask[rows].sum() / (world * len(my_micros))
                 _, _, text_rows = next(mix) if inputs.texts else (0, 0, [])
                 texts = [inputs.texts[i] for i in text_rows]
-                update_actor(roles["actor"], engines["actor"], my_micros, total, args, tokenizer.vocab_size,
-                             measures, is_first=(ppo_epoch, n) == (0, 0), texts=texts)
-                update_critic(roles["critic"], engines["critic"], my_micros, total, args, measures)
-                update_average(average, trained["actor"], args.ema)
+                update_actor(roles["actor"], my_micros, total, args, tokenizer.vocab_size, measures,
+                             is_first=(ppo_epoch, n) == (0, 0), texts=texts)
+                update_critic(roles["critic"], my_micros, total, args, measures)
+                if args.ema is not None:
+                    update_average(average, trained["actor"], args.ema)
 
         # 6. log, now and then answer held-out prompts
         metrics = {**summary(batch, score), **measures.means(), "beta": beta, "lr": lr,
                    "explained_var": explained_variance(batch.values, batch.returns, batch.response_mask)}
-        log.step(int(batch.mask.sum()), epoch=epoch, **metrics, **engine_metrics(engines["actor"]))
+        log.step(int(batch.mask.sum()), epoch=epoch, **metrics, **engine_metrics(roles["actor"].engine))
         warn(log, metrics, score.clamp(-args.score_clip, args.score_clip))
         if args.kl_target:
             beta = steered(beta, metrics["kl"], args.kl_target, args.kl_gain)

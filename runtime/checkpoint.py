@@ -36,8 +36,8 @@ from runtime.speed import give_back_memory, keep_memory
 
 # Entries of args.json that may change between a run and its --resume: they change no step.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank",
-              "micro_batch", "checkpointing", "zero_stage", "world_size", "versions", "finished",
-              "data_sizes", "inputs_modified"}         # older runs have the last one
+              "micro_batch", "gen_batch", "checkpointing", "zero_stage", "offload", "world_size", "versions",
+              "finished", "data_sizes", "inputs_modified"}         # older runs have the last one
 MINUTES = 15                                 # between checkpoints, where --save-every is not given
 SKIPPED = 5                                  # updates in a row whose gradient is not finite end the run
 
@@ -149,8 +149,8 @@ class Run:
         kept = from_all(kept)[0]
         self.extra, self.evaluation_due = kept["own"], kept.get("evaluation_due", False)
         changed = self.changed_flags(kept["flags"])
-        self.same_ranks = not only_rank_0 and not {"world_size", "zero_stage"} & changed.keys()
-        unnamed = ("out", "overwrite", "resume", "data_sizes", "inputs_modified")
+        self.same_ranks = not only_rank_0 and not {"world_size", "zero_stage", "offload"} & changed.keys()
+        unnamed = ("out", "overwrite", "resume", "gen_batch", "data_sizes", "inputs_modified")
         named = [text for name, text in changed.items() if name not in unnamed]
         say(f"resuming {self.out} after step {self.step}"
             + (f"; changed: {', '.join(named)}" if named else "")
@@ -192,9 +192,9 @@ class Run:
             print(f"warning: a checkpoint is damaged, an older one is looked for: {error}", file=sys.stderr)
             return None
 
-    def track_weights(self, weights: dict[str, Tensor]):
-        """These tensors will be in every checkpoint. A resumed run's rank 0 reads them, and hands them to
-        all."""
+    def track_weights(self, weights: dict[str, Tensor], on_all_ranks: bool = True):
+        """These tensors will be in every checkpoint. A resumed run's rank 0 reads them, and hands them to all
+        ranks that have them."""
         self.weights |= weights
         if not self.step:
             return
@@ -202,7 +202,15 @@ class Run:
         for name, weight in weights.items():
             if file:
                 weight.data.copy_(file.get_tensor(name))
-            dist.broadcast(weight.data, 0)
+            if on_all_ranks:
+                dist.broadcast(weight.data, 0)
+
+    def record(self, **chosen):
+        """Adds to args.json what the run itself has chosen."""
+        self.flags |= chosen
+        with fail_together(), writing(self.out):
+            if self.rank == 0:
+                write_whole(self.out / "args.json", json.dumps(self.flags, indent=2) + "\n")
 
     def track_engines(self, **engines):
         """Training begins: these engines will be in every checkpoint, and from now on a signal lets the step

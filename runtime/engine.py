@@ -3,26 +3,29 @@ divided."""
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.folders import writing
-from runtime.ranks import fail_together, say
+from runtime.gpu import free_memory, rows_at_once
+from runtime.ranks import fail_together, max_over_ranks, say
 
 def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], lr: float, updates: int,
-                accumulation: int, dtype: torch.dtype):
+                accumulation: int, dtype: torch.dtype, shares: bool = False):
     """A DeepSpeed engine that trains these parameters of model for so many updates of `accumulation`
-    micro-batches."""
+    micro-batches. shares: another engine trains other parameters of the same network."""
     import deepspeed
+    gpu = torch.cuda.is_available()
     # ds_shape is the shape of the whole, where ZeRO-3 has divided a weight
     shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
     ours = set(trained)                      # other roles' adapters on the same base do not count
     used = ours | {p for name, p in model.named_parameters() if ".lora_" not in name}
     n_trained, n_used = (sum(math.prod(shapes[p]) for p in some) for some in (ours, used))
     say(f"training {n_trained:,} of {n_used:,} weights in {updates:,} updates")
+    is_adapter, is_bf16 = 10 * n_trained < n_used, dtype == torch.bfloat16
     # Weight decay pulls a matrix towards 0; a norm's weight belongs near 1. An empty group would crash
     # DeepSpeed.
     groups = [{"params": [p for p in trained if len(shapes[p]) >= 2], "weight_decay": args.weight_decay},
@@ -34,15 +37,22 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config={
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": is_bf16},
         "fp16": {"enabled": dtype == torch.float16},
         "gradient_clipping": args.grad_clip,
+        # In bf16 a sum over many micro-batches loses digits; in float32 an adapter's sum is still small.
+        "data_types": {"grad_accum_dtype": "fp32" if is_adapter and is_bf16 and args.zero_stage else None},
         "zero_optimization": {
             "stage": args.zero_stage,
-            "reduce_bucket_size": 2_000_000,           # elements
-            "stage3_prefetch_bucket_size": 0,          # fetching ahead would mix up two engines on one base
+            "reduce_bucket_size": min(n_trained, 50_000_000 if gpu else 2_000_000),        # elements
+            "overlap_comm": gpu,                       # reduce gradients during the backward pass
+            # elements that ZeRO-3 fetches ahead; it would mix up two engines on one network
+            "stage3_prefetch_bucket_size": 0 if shares else 50_000_000,
+            "offload_optimizer": {"device": "cpu", "pin_memory": gpu} if args.offload else None,
         },
-        "zero_allow_untested_optimizer": True,         # PyTorch's AdamW: DeepSpeed's own compiles C++
+        # PyTorch's AdamW, on a GPU and for --offload on the CPU: DeepSpeed's own compile C++
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # the timer would wait for the GPU at every step
         "steps_per_print": 10**9,
     })[0]
     engine.skipped_in_a_row = 0
@@ -83,12 +93,59 @@ def engine_metrics(engine) -> dict[str, float]:
     norm = engine.get_global_grad_norm()
     return {"skipped": engine.skipped_steps} | ({} if norm is None else {"grad_norm": float(norm)})
 
+# ------------------------------------------------------------ ZeRO-3
 def gathered(parameters: Iterable[Tensor]):
     """A context in which every rank holds these weights whole. Under ZeRO-3 they lie in pieces on all
     ranks."""
-    import deepspeed
     divided = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(divided) if divided else nullcontext()
+    if not divided:
+        return nullcontext()
+    import deepspeed
+    return deepspeed.zero.GatheredParameters(divided)
+
+@contextmanager
+def made_whole(network: nn.Module, engines: Iterable):
+    """A context in which every rank holds the network whole and calls it without waiting for the others.
+    engines: all that train a part of the network. Under ZeRO-3 their hooks would gather every layer anew for
+    each token, and give it back; so they are taken off, and put on again at the end."""
+    offloads = [engine.optimizer.parameter_offload for engine in engines
+                if hasattr(engine.optimizer, "parameter_offload")]
+    with gathered(network.parameters()):
+        for offload in offloads:
+            for hook in offload.forward_hooks + offload.backward_hooks:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            for offload in offloads:
+                offload._register_deepspeed_module(offload.module)
+
+def room_for_answers(network: nn.Module, prompt: int, columns: int) -> int:
+    """How many answers the GPU of every rank has room to generate at one time, in texts of so many columns,
+    `prompt` of them the prompt's. The smallest number of all ranks, so that all take equally many pieces."""
+    weights = list(network.parameters())
+    # what made_whole will take, where ZeRO-3 has divided the weights
+    divided = sum(p.ds_numel * p.element_size() - p.nbytes for p in weights if hasattr(p, "ds_id"))
+    width = weights[0].element_size()
+    mine = rows_at_once(free_memory() - divided, network.config, width, prompt, columns)
+    rows = -int(max_over_ranks(-mine)[0])
+    say(f"generating up to {rows:,} answers per GPU at a time (--gen-batch)")
+    return rows
+
+def divide_frozen(network: nn.Module, args: Namespace, dtype: torch.dtype) -> nn.Module:
+    """Under ZeRO-3, divides a network that nothing trains among the ranks, as an engine divides its own; the
+    hooks that it gets make it whole layer by layer when it is called. Other stages leave it as it is."""
+    if args.zero_stage == 3:
+        import deepspeed
+        deepspeed.initialize(model=network.requires_grad_(False), config={
+            "train_micro_batch_size_per_gpu": args.micro_batch,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "zero_optimization": {"stage": 3},
+            "steps_per_print": 10**9,
+        })
+    return network
 
 def save_whole(model: nn.Module, out: object, write: Callable, *more: object):
     """Rank 0 calls write(model, out, *more), which writes the folder `out`, while every rank holds the

@@ -28,8 +28,18 @@ class BadInput(ValueError):
         super().__init__(message if len(message) < MOST_CHARACTERS else message[:MOST_CHARACTERS] + "...")
         self.everywhere = everywhere
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a GPU or CPU, raised the error because no memory is left."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")         # CUDA's, cuBLAS's, the CPU's
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
 def exit_with_one_line(main: Callable[[], None]):
-    """Runs main(). BadInput becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Runs main(). BadInput becomes one line on stderr and exit status 2, a lack of memory one line and 1,
+    Ctrl-C exit status 130."""
     try:
         main()
     except KeyboardInterrupt:
@@ -37,3 +47,8 @@ def exit_with_one_line(main: Callable[[], None]):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: the memory is not enough ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)

@@ -168,6 +168,8 @@ def add_trainer_flags(flags: Flags):
     add("--grad-clip", type=number(0), default=1.0, help="largest norm of the gradient; 0 is off")
     add("--zero-stage", type=int, default=2, choices=range(4),
         help="ZeRO divides the optimiser among the ranks from 1 on, gradients from 2 on, weights at 3")
+    add("--offload", action="store_true",
+        help="keep the optimiser on the CPU: less memory on the GPU, and slower (ZeRO 1 to 3)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 or fp16 on a GPU, fp32 on CPU")
     add("--checkpointing", action="store_true", help="recompute layers in the backward pass, to save memory")
     add("--timeout", type=number(10), default=1800.0,

@@ -22,24 +22,28 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.errors import BadInput, without_controls
+from runtime.errors import BadInput, first_line, is_out_of_memory, without_controls
 from runtime.flags import DTYPES
+from runtime.gpu import gpu_is_usable
 
 # ------------------------------------------------------------ the start
 def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
     """Starts the process group, with the launcher or without: (rank, world size, device, dtype). Replaces
     --dtype auto."""
-    cuda = torch.cuda.is_available()
-    warnings.filterwarnings("ignore")        # after the question, for a warning says why a GPU cannot be used
+    cuda = gpu_is_usable()
+    warnings.filterwarnings("ignore")
     if args.dtype == "fp16" and not cuda:
         raise BadInput("--dtype fp16 needs a GPU; on CPU there are fp32 and bf16", everywhere=True)
     if args.dtype == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    check_stage(args)
     if "RANK" not in os.environ:
         pretend_launcher()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
+        # texts of many lengths would cut the memory into pieces that are too small for the next one
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)      # with a mask, NaN gradients: pytorch issue 196678
     else:
@@ -52,6 +56,14 @@ def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
     say(f"{Path(sys.argv[0]).name}: {world} process{'es' * (world > 1)} on {device.type}, {args.dtype}, "
         f"ZeRO-{args.zero_stage}")
     return rank, world, device, DTYPES[args.dtype]
+
+def check_stage(args: Namespace):
+    """BadInput where DeepSpeed would train wrongly at this ZeRO stage, or not at all."""
+    if args.zero_stage == 0 and args.dtype == "fp16":
+        raise BadInput("--zero-stage 0 with fp16: DeepSpeed does not scale the loss there, so the gradients "
+                       "vanish; use --zero-stage 1, or --dtype bf16", everywhere=True)
+    if args.zero_stage == 0 and args.offload:
+        raise BadInput("--offload needs --zero-stage 1, 2 or 3", everywhere=True)
 
 def pretend_launcher():
     """Sets what DeepSpeed's launcher would set for one process, on a free port."""
@@ -121,6 +133,10 @@ def reduced(numbers, operation):
     return x.tolist()
 
 # ------------------------------------------------------------ the end
+OUT_OF_MEMORY = ("the memory is not enough; take a smaller --micro-batch, --checkpointing or --lora-rank, in "
+                 "ppo.py a smaller --gen-batch, --offload, or on several GPUs --zero-stage 3 (docs/memory.md "
+                 "says what fits)")
+
 def finish():
     """The end of every main. Without the barrier and the destruction, some runs of two CPU ranks abort at
     exit."""
@@ -148,8 +164,11 @@ def run(main: Callable[[], None]):
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code or 0
     except Exception as error:
         status, wait = 1, lost_touch(error)
-        why = str(error).partition("\n")[0] if wait else traceback.format_exc()
-        what = "has lost touch with another rank: " if wait else "failed:\n"
+        why, what = traceback.format_exc(), "failed:\n"
+        if is_out_of_memory(error):
+            why, what = f"{OUT_OF_MEMORY}: {first_line(error)}", "failed: "
+        elif wait:
+            why, what = first_line(error), "has lost touch with another rank: "
         print(f"rank {rank} {what}{why}", file=sys.stderr, flush=True)
     if wait:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

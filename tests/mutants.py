@@ -38,11 +38,12 @@ TESTS = {
     "runtime/folders.py": ["test_foreign.py", "test_llama.py"],
     "runtime/adapters.py": ["test_adapters.py"],
     "runtime/checkpoint.py": ["test_runtime.py"],
-    "runtime/engine.py": ["test_runtime.py"],
+    "runtime/engine.py": ["test_runtime.py", "test_gpu.py"],
     "runtime/flags.py": ["test_runtime.py"],
     "runtime/kinds.py": ["test_kinds.py", "test_data.py"],
     "runtime/rows.py": ["test_kinds.py", "test_data.py"],
-    "runtime/ranks.py": ["test_runtime.py"],
+    "runtime/gpu.py": ["test_gpu.py"],
+    "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
 }
 
@@ -59,9 +60,10 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, read, convert, write = (
+(gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, read, convert,
+ write) = (
     partial(Fault, f"runtime/{name}.py")
-    for name in ("patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
+    for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
                  "checkpoint", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 
 FAULTS = [
@@ -141,11 +143,11 @@ FAULTS = [
 
     # roles
     ppo('("actor", mine.old_logp), ("ref", mine', '("ref", mine.old_logp), ("actor", mine'),
-    ppo('roles["actor"].activate().generate(', 'roles["ref"].activate().generate('),
+    ppo('actor, at_once = roles["actor"]', 'actor, at_once = roles["ref"]'),
     ppo('response_values(roles["critic"]', 'response_values(roles["reward"]'),
     ppo('last_scores(roles["reward"]', 'last_scores(roles["critic"]'),
     ppo('"ref": Role(actor, "ref")', '"ref": Role(actor, "actor")'),
-    ppo('Role(Llama.from_pretrained(base, dtype, device))', 'Role(actor)'),
+    ppo('"ref": Role(ref)}', '"ref": Role(actor)}'),
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "critic.score = reward.score"),
     ppo("critic.score.load_state_dict(reward.score.state_dict())", "pass"),
     ppo("and reward_adapter and reward_base == base", "and reward_adapter"),
@@ -160,7 +162,19 @@ FAULTS = [
     ppo("x[rank * share:(rank + 1) * share]", "x[rank::world]"),
     ppo("fillers = -len(prompts) % world", "fillers = 0"),
     ppo("gather(x)[:n]", "gather(x)"),
-    ppo("dist.all_reduce(longest, dist.ReduceOp.MAX)", "longest"),
+    ppo("longest = int(max_over_ranks(response_mask.any(0).sum())[0])", "longest = args.max_new"),
+    ppo("longest = int(max_over_ranks(response_mask.any(0).sum())[0])",
+        "longest = int(response_mask.any(0).sum())"),
+    ppo("uniforms=some_uniforms", "uniforms=uniforms"),
+    engine("rows = -int(max_over_ranks(-mine)[0])", "rows = mine"),
+    engine("p.ds_numel * p.element_size() - p.nbytes", "0"),
+    gpu("0.8 * free", "1.0 * free"),
+    gpu("max(1, int(", "max(0, int("),
+    gpu("* columns * width", "* prompt * width"),
+    gpu("if usable or hidden or not (has_gpu or warned)", "if True"),
+    gpu("has_gpu or warned", "has_gpu"),
+    ranks('args.zero_stage == 0 and args.dtype == "fp16"', 'args.dtype == "fp16"'),
+    ranks("args.zero_stage == 0 and args.offload", "False"),
     ranks("reduced(numbers, dist.ReduceOp.SUM)", "reduced(numbers, dist.ReduceOp.MAX)"),
     ranks("reduced(numbers, dist.ReduceOp.MAX)", "reduced(numbers, dist.ReduceOp.SUM)"),
     ranks("[error for error in from_all(mine) if error]", "[error for error in [mine] if error]"),
@@ -186,7 +200,7 @@ FAULTS = [
     ppo("logits.float() / temperature", "logits.float() * temperature"),
     ppo("at_temperature(rows, temperature)", "at_temperature(rows, 1)"),
     ppo("answer_logps(model, mb, args.temperature", "answer_logps(model, mb, 1.0"),
-    ppo("answer_logps(engine, mb, args.temperature", "answer_logps(engine, mb, 1.0"),
+    ppo("answer_logps(role.engine, mb, args.temperature", "answer_logps(role.engine, mb, 1.0"),
     ppo("args.temperature, n_words)", "args.temperature, n_words + 9)"),
     ppo("ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(0, 1 + clip)"),
     ppo("old + (new - old).clamp(-clip, clip)", "new"),
@@ -197,7 +211,7 @@ FAULTS = [
     ppo("args.gamma, args.lam)", "args.lam, args.gamma)"),
     ppo("kl / target - 1", "1 - kl / target"),
     ppo("min(0.2, ", "min(2.0, "),
-    ppo("float(), 1 - decay)", "float(), decay)"),
+    ppo(".to(mean), 1 - decay)", ".to(mean), decay)"),
     ppo("is_first=(ppo_epoch, n) == (0, 0)", "is_first=n == 0"),
     ppo("updates = args.ppo_epochs * args.rollout_batch", "updates = args.rollout_batch"),
 
@@ -304,7 +318,7 @@ FAULTS = [
     data("tokenizer.encode_answer(answer) if record.turns else", "tokenizer.encode_answer(answer) if 1 else"),
     data('text.removeprefix(" ") if self.keeps_space else text', "text"),
     data("eos not in ends or any(end not in tokenizer.eos_ids for end in ends)", "eos not in ends"),
-    ppo("args.temperature, eos_id=tokenizer.eos_ids", "args.temperature, eos_id=tokenizer.eos_id"),
+    ppo("eos_id=tokenizer.eos_ids, uniforms", "eos_id=tokenizer.eos_id, uniforms"),
     lora("[model.config.eos_token_id, *files.eos_ids[1:]]", "[model.config.eos_token_id]"),
     lora("= files.bos_id, files.eos_ids[0]", "= model.config.bos_token_id, model.config.eos_token_id"),
     read("i is not None and i not in self.eos_ids", "i is not None"),

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 
 SEVEN = ["llama", "lora", "data", "sft", "reward", "ppo", "chat"]
-CELLAR = ["errors", "speed", "patterns", "foreign", "folders", "adapters", "tokenizer_read",
+CELLAR = ["errors", "gpu", "speed", "patterns", "foreign", "folders", "adapters", "tokenizer_read",
           "tokenizer_convert", "tokenizer_write", "rows", "kinds", "flags", "ranks", "engine", "log",
           "checkpoint"]
 ALLOWED = {**{name: SEVEN[:i] for i, name in enumerate(SEVEN)}, "chat": SEVEN[:3]}

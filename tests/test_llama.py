@@ -804,15 +804,6 @@ def test_decode_yields_one_step_at_a_time_and_stops_with_the_last_row(talker):
     assert calls == [5, 1]                                     # the prompt once, then one word: nothing ahead
 
 
-def test_an_answer_ends_with_its_own_rows_where_another_rank_goes_on(talker, monkeypatch):
-    ids, mask, uniforms, _, lengths = endless(talker)
-    short = lengths < 24
-    expected = talker.generate(ids[short], mask[short], 24, eos_id=2, uniforms=uniforms[short])
-    monkeypatch.setattr(llama, "any_alive", lambda alive, together: True)
-    found = talker.generate(ids[short], mask[short], 24, eos_id=2, uniforms=uniforms[short], together=True)
-    assert expected[0].shape[1] < 24 and all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-
-
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_max_new_tokens_is_respected(talker, n):
     response, real = talker.generate(*prompts(), n)

@@ -503,6 +503,17 @@ TOKENS = ("old_logp", "ref_logp", "values")
 
 
 @pytest.mark.parametrize("case", [ONE, FOUR])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_answers_in_pieces_are_the_answers_at_once(case, at_once, rolled, prompts, tokenizer):
+    roles, args, uniforms, batch = rolled(case)
+    args.gen_batch = at_once
+    pieces = rollout(roles, prompts, uniforms, args, tokenizer)
+    assert torch.equal(pieces.ids, batch.ids) and torch.equal(pieces.response_mask, batch.response_mask)
+    assert torch.equal(pieces.ended, batch.ended) and len(set(batch.response_mask.sum(1).tolist())) > 2
+    assert (pieces.old_logp - batch.old_logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", [ONE, FOUR])
 def test_a_rollout_is_one_batch_of_left_padded_prompts_and_right_padded_answers(case, rolled, prompts):
     *_, batch = rolled(case)
     mask, P = batch.response_mask, max(map(len, prompts))
@@ -813,12 +824,13 @@ def test_an_update_has_the_gradients_of_the_losses_over_its_whole_mini_batch(
         measures = Measures()
         my_micros = my_micro_batches(batch, rows, micro)
         total = mask[rows].sum() / (world * len(my_micros))
-        engines = [PlainEngine(args, mine[role].network, [*weights.values()], 0.0, 1, len(my_micros), None)
-                   for role, weights in trained.items()]
-        update_actor(mine["actor"], engines[0], my_micros, total, args, tokenizer.vocab_size, measures,
-                     is_first=True, texts=texts)
-        update_critic(mine["critic"], engines[1], my_micros, total, args, measures)
-        return [engine.gradients for engine in engines], measures.means()
+        for role, weights in trained.items():
+            mine[role].engine = PlainEngine(args, mine[role].network, [*weights.values()], 0.0, 1,
+                                            len(my_micros), None)
+        update_actor(mine["actor"], my_micros, total, args, tokenizer.vocab_size, measures, is_first=True,
+                     texts=texts)
+        update_critic(mine["critic"], my_micros, total, args, measures)
+        return [mine[role].engine.gradients for role in trained], measures.means()
 
     (actors, critics), measures = on_ranks(world, update, monkeypatch)[0]
     trained, whole = freeze_untrained(roles), batch.select(list(range(8)))

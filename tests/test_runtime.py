@@ -301,7 +301,8 @@ def test_tokens_per_second_count_the_steps_alone(log, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ the engine
-SETTINGS = {"weight_decay": 0.5, "warmup": 0.5, "micro_batch": 1, "grad_clip": 0.0, "zero_stage": 2}
+SETTINGS = {"weight_decay": 0.5, "warmup": 0.5, "micro_batch": 1, "grad_clip": 0.0, "zero_stage": 2,
+            "offload": False}
 
 
 @pytest.fixture

@@ -39,9 +39,11 @@ JOBS = {
 }
 REFERENCE = "--micro-batch 1 --zero-stage 2"                       # one process, a row at a time
 # the last of each always, the others in ./run.sh faults
-ONE_RANK = ["--micro-batch 1 --zero-stage 0", "--micro-batch 4 --zero-stage 3"]
-TWO_RANKS = ["--micro-batch 1 --zero-stage 0", "--micro-batch 1 --zero-stage 1",
-             "--micro-batch 1 --zero-stage 3", "--micro-batch 2 --zero-stage 2"]
+ONE_RANK = ["--micro-batch 1 --zero-stage 0", "--micro-batch 2 --zero-stage 2 --offload --gen-batch 3",
+            "--micro-batch 4 --zero-stage 3"]
+TWO_RANKS = ["--micro-batch 1 --zero-stage 0", "--micro-batch 1 --zero-stage 1 --offload",
+             "--micro-batch 1 --zero-stage 3", "--micro-batch 2 --zero-stage 3 --offload --gen-batch 3",
+             "--micro-batch 2 --zero-stage 2"]
 # Importing torch and deepspeed takes longer than these trainings, so this script runs many of them in one
 # process, or in one process per rank.
 CHAIN = """
@@ -97,6 +99,8 @@ def trained(tmp_path_factory, inputs):
     root, folders = tmp_path_factory.mktemp("runs"), {}
 
     def fill(flags):
+        if "--rollout-batch" not in flags:   # a flag of ppo.py alone
+            flags = flags.replace("--gen-batch 3", "")
         return [str(trained(f[1:]) if f[0] == "@" else inputs.get(f, f)) for f in flags.split()]
 
     def trained(job, extra=REFERENCE, ranks=0, env=None):

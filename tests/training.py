@@ -84,7 +84,7 @@ class PlainEngine:
     """An engine of plain PyTorch. The gradient is the mean over micro-batches and ranks, as DeepSpeed's is;
     the update is gradient descent. The engine keeps the gradient of every update."""
 
-    def __init__(self, args, model, trained, lr, updates, accumulation, dtype):
+    def __init__(self, args, model, trained, lr, updates, accumulation, dtype, shares=False):
         self.model, self.trained, self.accumulation, self.updates = model, trained, accumulation, updates
         self.optimizer = torch.optim.SGD(trained, lr=lr)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: 1 - done / updates)
@@ -148,8 +148,8 @@ def train(script, words, out, monkeypatch, world=1):
     and the engines of rank 0 in the order in which they were made."""
     engines = []
 
-    def make_engine(*arguments):
-        engine = PlainEngine(*arguments)
+    def make_engine(*arguments, **named):
+        engine = PlainEngine(*arguments, **named)
         if dist.get_rank() == 0:
             engines.append(engine)
         return engine
