@@ -17,11 +17,18 @@ import reward
 import runtime.checkpoint
 import runtime.ranks
 import sft
-from conftest import metrics
+from conftest import metrics, tiny_llama
 from llama import Llama
 from lora import add_lora, save_adapter
 from runtime.checkpoint import Run, Stopped, on_signal, stoppable
-from runtime.engine import backward_and_step, engine_metrics, make_engine, rate_share
+from runtime.engine import (
+    backward_and_step,
+    divide_frozen,
+    engine_metrics,
+    made_whole,
+    make_engine,
+    rate_share,
+)
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import number, shares
 from runtime.log import Log
@@ -371,6 +378,71 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_those_in_a_row_are_co
     assert counts == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
 
 
+def resident(network):
+    """How many numbers of the network's weights lie in memory whole."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_under_zero_3_a_network_is_whole_while_it_generates_and_trains_afterwards(deepspeed):
+    model = tiny_llama(std=0.05)
+    ids, whole = torch.tensor([[1, 5, 9], [1, 7, 4]]), resident(model)
+    mask, uniforms = torch.ones_like(ids, dtype=torch.bool), torch.rand(2, 6)
+    expected = model.generate(ids, mask, 6, uniforms=uniforms)
+    args = SimpleNamespace(**{**SETTINGS, "zero_stage": 3})
+    engine = make_engine(args, model, [*model.parameters()], 0.1, 8, 1, torch.float32)
+    gathers = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: gathers.append(resident(model)))
+    for _ in range(2):                       # the hooks come back, and are taken off again
+        with made_whole(model, [engine]):
+            assert resident(model) == whole
+            found = model.generate(ids, mask, 6, uniforms=uniforms)
+            offload = engine.optimizer.parameter_offload
+            assert not offload.forward_hooks and not offload.backward_hooks
+        assert resident(model) < whole and set(gathers) == {whole} and len(gathers) == 6
+        assert offload.forward_hooks and offload.backward_hooks
+        gathers.clear()
+        if expected is not None:
+            assert all(map(torch.equal, expected, found))
+        loss = engine(ids, mask).float().pow(2).mean()
+        backward_and_step(engine, loss)
+        expected = None                      # the weights have moved
+        gathers.clear()
+    assert engine_metrics(engine)["grad_norm"] > 0
+
+
+def test_made_whole_puts_the_hooks_back_where_a_signal_ends_it(deepspeed):
+    model = tiny_llama()
+    args = SimpleNamespace(**{**SETTINGS, "zero_stage": 3})
+    engine = make_engine(args, model, [*model.parameters()], 0.1, 8, 1, torch.float32)
+    with pytest.raises(Stopped), made_whole(model, [engine]):
+        raise Stopped
+    assert engine.optimizer.parameter_offload.forward_hooks
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_frozen_network_is_divided_under_zero_3_alone_and_says_the_same(stage, deepspeed):
+    model = tiny_llama(std=0.05)
+    ids, whole = torch.tensor([[1, 5, 9]]), resident(model)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(ids, mask)
+        args = SimpleNamespace(micro_batch=1, zero_stage=stage)
+        assert divide_frozen(model, args, torch.float32) is model
+        between_calls = 0 if stage == 3 else whole
+        assert resident(model) == between_calls
+        assert torch.equal(model(ids, mask), expected) and resident(model) == between_calls
+    assert any(p.requires_grad for p in model.parameters()) == (stage == 2)
+
+
+def test_the_optimiser_of_offload_lies_on_the_cpu_and_trains_alike(deepspeed):
+    after = []
+    for offload in (False, True):
+        engine, model = small_engine(offload=offload)
+        after.append([update(engine, model, x) for x in (1.0, -2.0, 0.5)][-1])
+        assert engine.optimizer.cpu_offload is offload
+    assert all(map(torch.equal, *after))
+
+
 def test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_four_do_not(tmp_path):
     engine = SimpleNamespace(fp16_enabled=lambda: False, skipped_in_a_row=4)
     here = SimpleNamespace(engines={"model": engine}, args=SimpleNamespace(save_every=100), rank=0,
@@ -451,15 +523,15 @@ def kill_in_third(n):
         raise Killed
 
 
-@pytest.mark.parametrize("job", ["sft", "ppo"])
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(job, start, done, tmp_path, capsys):
-    done[job] = start(job, tmp_path / "whole")
+@pytest.mark.parametrize("job, more", [("sft", ""), ("ppo", ""), ("ppo", "--zero-stage 3 --offload ")])
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(job, more, start, done, tmp_path, capsys):
+    done[job + more] = start(job, tmp_path / "whole", more)
     out = tmp_path / "run"
     with pytest.raises(Killed):
-        start(job, out, at_evaluation=kill_in_third)               # step 4 is in the log, and not saved
+        start(job, out, more, at_evaluation=kill_in_third)         # step 4 is in the log, and not saved
     assert steps_saved(out) == [2, 3] and metrics(out)[-1]["step"] == 4
     capsys.readouterr()
-    assert start(job, out, "--resume") == done[job]
+    assert start(job, out, more + "--resume") == done[job + more]
     assert "after step 3\n" in capsys.readouterr().out and steps_saved(out) == [3, 4]
 
 
