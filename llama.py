@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.errors import BadInput
 from runtime.folders import load_weights, read_json, save_weights
 from runtime.foreign import what_instead
-from runtime.speed import faster_step
+from runtime.speed import attention_bias, faster_step
 
 # ------------------------------------------------------------ configuration
 @dataclass
@@ -160,6 +160,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
+        if x.is_cuda:                        # the same in one kernel, which keeps no float32 copy of x
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -183,10 +185,10 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return freqs * unscaled + freqs / scaling["factor"] * (1 - unscaled)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of numbers (i, i + D/2) of x (B,heads,T,D) by its angle, given as cos, sin (B,1,T,D/2).
-    The weights of Hugging Face folders are ordered for these pairs."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Turns each pair (a, b) of the numbers i and i + D/2 of x (B,heads,T,D) by its angle, to (a cos - b sin,
+    b cos + a sin). cos, sin (B,1,T,D) are those of the D/2 negative angles and then of the angles, so the
+    signs are in sin. The weights of Hugging Face folders are ordered for these pairs."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 class KVCache:
     """Keys and values of all layers, (layers,B,Hkv,S,D) each, allocated once. `length` columns are filled.
@@ -235,8 +237,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.index, k, v)                               # (B, Hkv, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        # G = H / Hkv heads share their keys and values (arXiv 2305.13245). Their queries stand one below the
+        # other as G * T queries of one head, so nothing is copied for each of them.
+        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D), k, v, attn_mask=allowed)
+        return self.o_proj(y.reshape(q.shape).transpose(1, 2).reshape(B, T, -1))
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -266,6 +270,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        torch.backends.cuda.enable_cudnn_sdp(False)      # with a mask, NaN gradients: pytorch issue 196678
         self.config = config
         self.checkpointing = False           # True: recompute each layer in the backward pass, to save memory
         weight = torch.empty(config.vocab_size, config.hidden_size)
@@ -283,13 +288,14 @@ class Transformer(nn.Module):
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
+        angles = torch.cat([-angles, angles], dim=-1)                                       # (B, 1, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # Each column sees the real columns up to itself. Padding on the left would see nothing, and a softmax
         # over nothing is NaN. So every column also sees itself; real columns still see no padding.
         rows = newest[:, None]
         allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
-        # Attention adds 0 or -inf to its logits. Every layer would convert bools to these numbers again.
-        allowed = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -math.inf)
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        allowed = attention_bias(allowed, groups, x.dtype)                                  # (B, 1, G * T, S)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # With LoRA, x needs no gradient at first, and reentrant checkpointing would give none at all.

@@ -45,7 +45,6 @@ def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
         # texts of many lengths would cut the memory into pieces that are too small for the next one
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)      # with a mask, NaN gradients: pytorch issue 196678
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:                    # the ranks of one machine share its cores

@@ -6,6 +6,7 @@ for the model's own head.
 """
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,6 +24,17 @@ def faster_step(model: nn.Module, device: torch.device) -> Callable[..., Tensor]
     if device.type == "cpu" and not has_adapter:
         return functools.partial(model.next_logits, head=head_in_columns(model.lm_head.weight))
     return model.next_logits
+
+# ------------------------------------------------------------ attention
+def attention_bias(allowed: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its logits, (B,1,G*T,S): 0 where allowed (B,1,T,S) is true and -inf elsewhere,
+    G times one below the other. It is made once, because every layer would convert bools again.
+
+    In memory each row has a multiple of 8 numbers. Otherwise PyTorch's attention on a GPU would copy the bias
+    in every layer, and keep each copy for the backward pass."""
+    B, _, T, S = allowed.shape
+    bias = torch.zeros(B, 1, groups, T, -(-S // 8) * 8, dtype=dtype, device=allowed.device)[..., :S]
+    return bias.masked_fill_(~allowed[:, :, None], -math.inf).flatten(2, 3)
 
 # ------------------------------------------------------------ decoding on a GPU
 class CapturedStep:

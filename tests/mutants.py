@@ -44,6 +44,7 @@ TESTS = {
     "runtime/rows.py": ["test_kinds.py", "test_data.py"],
     "runtime/gpu.py": ["test_gpu.py"],
     "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
+    "runtime/speed.py": ["test_llama.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
 }
 
@@ -60,11 +61,11 @@ class Fault:
 
 llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
-(gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, read, convert,
+(gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, speed, read, convert,
  write) = (
     partial(Fault, f"runtime/{name}.py")
     for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
-                 "checkpoint", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
+                 "checkpoint", "speed", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -254,10 +255,17 @@ FAULTS = [
     # the network: RMSNorm, rotary positions, cache, SwiGLU
     llama("keepdim=True) + self.eps)", "keepdim=True))"),
     llama("x32 = x.float()", "x32 = x"),
-    llama("b * cos + a * sin", "b * cos - a * sin"),
+    llama("self.weight, self.eps)\n", "self.weight, 1e-6)\n"),
+    llama("torch.cat([-angles, angles]", "torch.cat([angles, -angles]"),
+    llama("x.roll(x.shape[-1] // 2, dims=-1)", "x.roll(1, dims=-1)"),
     llama("* (1 - unscaled)", "* unscaled"),
     llama("clamp(min=0)[:, newest]", "clamp(min=0)[:, :T]"),
     llama("cache.length = S", "cache.length = T"),
+    llama("enable_cudnn_sdp(False)", "enable_cudnn_sdp(True)"),
+    speed("-(-S // 8) * 8", "S"),
+    speed("masked_fill_(~allowed", "masked_fill_(allowed"),
+    speed("(0, width - length), value=True", "(0, width - length), value=False"),
+    speed("len(ids) != len(self.ids)", "False"),
     llama("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     llama("cache.keep(keep)", "cache.keep(torch.arange(len(keep)))"),
     llama('pad_token_id: int | None = 0', 'pad_token_id: int | None = 2'),

@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +121,7 @@ def test_permuted_rows_turn_pairwise_rotation_into_rotation_by_halves():
     turned = pairs * torch.polar(torch.ones(T, 1, D // 2), angles[:, None])                # as llama2.c does
     halves = (x @ stories260k.permute(weight, H).T).reshape(T, H, D).transpose(0, 1)[None]  # (1, H, T, D)
     expected = torch.cat([turned.real, turned.imag], dim=-1).transpose(0, 1)[None]
+    angles = torch.cat([-angles, angles], dim=-1)
     assert_close(rotate(halves, angles.cos()[None, None], angles.sin()[None, None]), expected)
 
 
@@ -1000,6 +1001,79 @@ def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
     assert captured == [(4, 8), (4, 16), (2, 16), (2, 19)]
 
 
+# -------------------------------------------------------------------------------------- attention and norms
+def test_attention_bias_is_made_of_aligned_rows():
+    for S in (1, 7, 8, 19):
+        allowed = torch.rand(2, 1, 3, S, generator=torch.Generator().manual_seed(S)) > 0.5
+        bias = speed.attention_bias(allowed, 4, torch.bfloat16)
+        assert bias.shape == (2, 1, 12, S) and bias.dtype == torch.bfloat16
+        expected = torch.where(allowed, 0.0, -torch.inf).bfloat16().repeat(1, 1, 4, 1)
+        assert torch.equal(bias, expected)
+        # what PyTorch's attention on a GPU asks of a mask, so that it makes no copy (aligned_tensor)
+        assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1
+
+
+def spread(grouped):
+    """The same network with as many heads of keys and values as of queries, without groups."""
+    config = grouped.config
+    plain = Llama(replace(config, num_key_value_heads=config.num_attention_heads))
+    state = grouped.state_dict()
+    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+        heads = state[name].unflatten(0, (config.num_key_value_heads, config.head_dim))
+        repeats = config.num_attention_heads // config.num_key_value_heads
+        state[name] = heads.repeat_interleave(repeats, dim=0).flatten(0, 1)
+    plain.load_state_dict(state)
+    return plain
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grouped_queries_are_queries_with_repeated_keys(heads, checkpointing):
+    grouped, (ids, mask) = tiny_llama(num_key_value_heads=heads, head_dim=16), batch(17, 9, 1)
+    plain, found = spread(grouped), []
+    for model in (grouped, plain):
+        model.model.checkpointing = checkpointing
+        logits = model(ids, mask)[mask]
+        logits.logsumexp(-1).sum().backward()
+        found.append([logits.detach(), model.model.layers[0].self_attn.q_proj.weight.grad,
+                      model.model.embed_tokens.weight.grad])
+    for a, b in zip(*found, strict=True):
+        assert b.abs().max() > 0
+        assert_close(a, b, atol=3e-5, rtol=1e-5)
+    answers = [model.generate(ids, mask, 12, temperature=0)[0] for model in (grouped, plain)]
+    assert torch.equal(*answers)
+
+
+def test_no_model_uses_cudnns_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        tiny_llama()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_the_norm_of_a_gpu_is_the_norm(dtype, tolerance, monkeypatch):
+    taken, rms_norm = [], torch.nn.functional.rms_norm
+    monkeypatch.setattr(llama.F, "rms_norm", lambda *args, **more: taken.append(1) or rms_norm(*args, **more))
+    norm = llama.RMSNorm(64, 0.01).to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(5, 9, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = norm(x)
+    assert not taken
+    found = norm(x.as_subclass(OnGpu)).as_subclass(torch.Tensor)
+    assert taken and found.dtype == dtype
+    assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+# -------------------------------------------------------------------------------------- decoding on a CPU
 def test_the_steps_on_a_cpu_read_the_head_in_columns_unless_it_has_an_adapter(monkeypatch):
     """An adapter on the head is no part of its weight, so a copy of the weight would leave it out."""
     taken, product = [], speed.thin_product
