@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.errors import BadInput
 from runtime.folders import load_weights, read_json, save_weights
 from runtime.foreign import what_instead
-from runtime.speed import attention_bias, faster_step
+from runtime.speed import attention_bias, faster_step, fewest_rows
 
 # ------------------------------------------------------------ configuration
 @dataclass
@@ -188,7 +188,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (a, b) of the numbers i and i + D/2 of x (B,heads,T,D) by its angle, to (a cos - b sin,
     b cos + a sin). cos, sin (B,1,T,D) are those of the D/2 negative angles and then of the angles, so the
     signs are in sin. The weights of Hugging Face folders are ordered for these pairs."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
 
 class KVCache:
     """Keys and values of all layers, (layers,B,Hkv,S,D) each, allocated once. `length` columns are filled.
@@ -363,7 +364,8 @@ class Llama(nn.Module):
             if n_alive == 0:
                 return
             ids = new[:, None]
-            if 2 * n_alive <= len(rows):     # half of them have ended: compute the others alone
+            # once half of the rows have ended, compute the others alone
+            if 2 * n_alive <= len(rows) and len(rows) > fewest_rows(ids.device):
                 keep = alive.nonzero().squeeze(1)
                 rows, alive, ids, mask = (x[keep] for x in (rows, alive, ids, mask))
                 cache.keep(keep)

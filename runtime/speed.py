@@ -6,9 +6,10 @@ for the model's own head.
 """
 import ctypes
 import functools
+import gc
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,11 @@ def faster_step(model: nn.Module, device: torch.device) -> Callable[..., Tensor]
         return functools.partial(model.next_logits, head=head_in_columns(model.lm_head.weight))
     return model.next_logits
 
+def fewest_rows(device: torch.device) -> int:
+    """A batch of so few rows stays as it is when rows of it end. On a GPU, a step of few rows takes the time
+    of reading the weights, and another number of rows needs a new graph."""
+    return 16 if device.type == "cuda" else 1
+
 # ------------------------------------------------------------ attention
 def attention_bias(allowed: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """What attention adds to its logits, (B,1,G*T,S): 0 where allowed (B,1,T,S) is true and -inf elsewhere,
@@ -37,6 +43,10 @@ def attention_bias(allowed: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~allowed[:, :, None], -math.inf).flatten(2, 3)
 
 # ------------------------------------------------------------ decoding on a GPU
+# The bytes that must be free on the GPU before a capture. A graph needs some memory of its own, and during
+# the capture PyTorch cannot give free memory of its cache back to the GPU (pytorch issue 159594).
+ROOM = 2**30
+
 class CapturedStep:
     """A decoding step as a CUDA graph. One step is about a thousand kernels, and Python takes longer to start
     them than the GPU takes to run them; a graph starts all of them in one call.
@@ -69,16 +79,38 @@ class CapturedStep:
     def capture(self):
         """Captures the graph as PyTorch's documentation says: the step first runs once on another stream,
         where libraries allocate what they need. Each model has its own stream, because cuBLAS keeps one
-        workspace per stream, and the graph of one model must not use the workspace of another."""
+        workspace per stream, and the graph of one model must not use the workspace of another. For the same
+        reason no two decodes of one model may be alive together: when one graph is destroyed, PyTorch frees
+        the workspace of its stream, which the other graph still uses (pytorch issue 193402)."""
         self.graph = None                    # frees the memory of the graph before
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.run()
         torch.cuda.current_stream().wait_stream(self.stream)
+        # torch.cuda.graph always empties the cache. That takes longer than many steps, and the next training
+        # step would have to allocate its memory anew.
+        if torch.cuda.mem_get_info()[0] < ROOM:
+            torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the watchdog thread of NCCL may make CUDA calls during the capture
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.stream(self.stream), capturing(self.graph):
             self.logits = self.run()
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """The kernels that the body starts become the graph. Meanwhile Python's garbage collector is off, because
+    it could destroy another graph."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        # thread_local: the watchdog thread of NCCL may make CUDA calls during the capture
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
 
 # ------------------------------------------------------------ decoding on a CPU
 def head_in_columns(weight: Tensor) -> Callable[[Tensor], Tensor]:

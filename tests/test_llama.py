@@ -1,5 +1,7 @@
 """llama.py against transformers and a published text, against its own definitions, and under everything that
 must not change a result: the cache, padding, other rows, checkpointing, the format of the files."""
+import contextlib
+import gc
 import json
 import os
 import pickle
@@ -947,8 +949,11 @@ def test_reading_takes_little_more_memory_than_the_model(tmp_path):
     assert 0.9 < safetensors < 1.3 and 0.9 < pytorch < 1.3
 
 
-def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
+@pytest.mark.parametrize("fewest, sizes", [(1, [8, 8, 3, 1, 1, 1]), (4, [8, 8, 3, 3, 3, 3]), (8, [8] * 6)])
+def test_rows_that_have_ended_leave_the_batch_once_they_are_half(fewest, sizes, monkeypatch):
     model, B, R, eos = tiny_llama(), 8, 6, 2
+    if fewest > 1:                                             # a GPU's number, but smaller
+        monkeypatch.setattr(llama, "fewest_rows", lambda device: fewest)
     ids, mask = torch.randint(3, 300, (B, 5)), torch.ones(B, 5, dtype=torch.bool)
     mask[3, :2] = False
     lengths = torch.tensor([1, 6, 2, 3, 2, 2, 3, 1])           # row r says EOS as its token number lengths[r]
@@ -962,7 +967,7 @@ def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
 
     monkeypatch.setattr(llama, "sample", scripted)
     response, response_mask = model.generate(ids, mask, R, eos_id=eos, uniforms=uniforms)
-    assert seen == [8, 8, 3, 1, 1, 1]
+    assert seen == sizes
     assert response_mask.sum(1).tolist() == lengths.tolist()
     for r in range(B):  # the same answers as alone
         alone, alone_mask = model.generate(
@@ -971,34 +976,108 @@ def test_rows_that_have_ended_leave_the_batch_once_they_are_half(monkeypatch):
         assert torch.equal(alone[0], response[r, :lengths[r]]), r
 
 
-def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(monkeypatch):
-    """As on a GPU, but the "graph" is run anew each time."""
+def test_a_gpu_keeps_batches_of_few_rows_and_a_cpu_none():
+    assert speed.fewest_rows(torch.device("cuda", 0)) == 16 and speed.fewest_rows(torch.device("cpu")) == 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for CUDA graphs: a "graph" runs the step anew each time, on the tensors that it was captured
+    with. Holds the (rows, columns) of each capture."""
     captured = []
 
+    def tensors(step):
+        return step.ids, step.mask, step.cache.keys, step.cache.values, step.cache.column
+
     def capture(self):
-        captured.append((len(self.ids), self.mask.shape[1]))
-        self.logits = self.run().clone()
-        self.graph = SimpleNamespace(replay=lambda: self.logits.copy_(self.run()))
+        before, width = [tensor.data_ptr() for tensor in tensors(self)], self.cache.length
+        captured.append(tuple(self.mask.shape))
+        self.logits = torch.full_like(self.run(), float("nan"))    # a capture computes nothing
+
+        def replay():
+            assert [tensor.data_ptr() for tensor in tensors(self)] == before and self.cache.length == width
+            self.logits.copy_(self.run())
+        self.graph = SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(speed.CapturedStep, "capture", capture)
-    model, P, R = tiny_llama(), 5, 14
+    return captured
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 2, 4])                     # of keys and values, for 4 of queries
+def test_a_captured_step_of_fixed_shapes_gives_the_same_logits(heads, graphs):
+    model, P, R = tiny_llama(num_key_value_heads=heads), 5, 14
     ids = torch.randint(3, 300, (4, P + R))
     mask = torch.ones(4, P + R, dtype=torch.bool)
     mask[1, :3] = False
-    with torch.no_grad():
-        expected = model(ids, mask)
-        cache = KVCache(model.config, 4, P + R, torch.float32, "cpu")
-        step = speed.CapturedStep(model.next_logits, None, block=8)
-        assert_close(step(ids[:, :P], mask[:, :P], cache), expected[:, P - 1], atol=1e-5, rtol=0)
-        assert not captured                  # the prompt, of another shape, is no graph
-        for t in range(P, P + R):
-            if t == 12:                      # half of the rows have ended
-                keep = torch.tensor([1, 2])
-                ids, mask, expected = ids[keep], mask[keep], expected[keep]
-                cache.keep(keep)
-            logits = step(ids[:, t:t + 1], mask[:, :t + 1], cache)
-            assert_close(logits, expected[:, t], atol=1e-5, rtol=0)
-    assert captured == [(4, 8), (4, 16), (2, 16), (2, 19)]
+    expected = model(ids, mask)
+    cache = KVCache(model.config, 4, P + R, torch.float32, "cpu")
+    step = speed.CapturedStep(model.next_logits, None, block=8)
+    assert_close(step(ids[:, :P], mask[:, :P], cache), expected[:, P - 1], atol=1e-5, rtol=0)
+    assert not graphs                        # the prompt, of another shape, is no graph
+    for t in range(P, P + R):
+        if t == 12:                          # half of the rows have ended
+            keep = torch.tensor([1, 2])
+            ids, mask, expected = ids[keep], mask[keep], expected[keep]
+            cache.keep(keep)
+        logits = step(ids[:, t:t + 1], mask[:, :t + 1], cache)
+        assert_close(logits, expected[:, t], atol=1e-5, rtol=0)
+    assert graphs == [(4, 8), (4, 16), (2, 16), (2, 19)]
+
+
+@pytest.mark.parametrize("fewest, shapes", [(4, [(16, 8), (16, 16), (8, 16), (8, 24), (8, 29)]),
+                                            (16, [(16, 8), (16, 16), (16, 24), (16, 29)])])
+def test_answers_of_captured_steps_are_those_of_ordinary_steps(fewest, shapes, talker, graphs, monkeypatch):
+    """The whole of decode, with P + R odd, as on a GPU."""
+    ids, mask = prompts()
+    uniforms = torch.rand(16, 24, generator=torch.Generator().manual_seed(0))
+    expected = talker.generate(ids, mask, 24, eos_id=2, uniforms=uniforms)
+    assert not graphs
+    monkeypatch.setattr(
+        llama, "faster_step", lambda model, device: speed.CapturedStep(model.next_logits, None, block=8)
+    )
+    monkeypatch.setattr(llama, "fewest_rows", lambda device: fewest)
+    found = talker.generate(ids, mask, 24, eos_id=2, uniforms=uniforms)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert graphs == shapes
+
+
+class FakeGraph:
+    """Notes what is asked of a CUDA graph, and whether the garbage collector is on."""
+    def __init__(self):
+        self.calls = []
+
+    def capture_begin(self, capture_error_mode):
+        self.calls.append(("begin", capture_error_mode))
+
+    def capture_end(self):
+        self.calls.append(("end", gc.isenabled()))
+
+
+@pytest.mark.parametrize("free, emptied", [(speed.ROOM - 1, 1), (speed.ROOM, 0)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_is_quiet_and_always_ends(free, emptied, fails, monkeypatch):
+    stream, runs, empties = SimpleNamespace(wait_stream=lambda other: None), [], []
+    for name, fake in {"CUDAGraph": FakeGraph, "current_stream": lambda: stream,
+                       "stream": lambda stream: contextlib.nullcontext(),
+                       "mem_get_info": lambda: (free, 80 * 2**30),
+                       "empty_cache": lambda: empties.append(len(runs))}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(ids, mask, cache):
+        runs.append(gc.isenabled())
+        if fails and len(runs) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return "logits"
+
+    captured = speed.CapturedStep(step, stream)
+    captured.ids = captured.mask = None
+    with pytest.raises(torch.OutOfMemoryError) if fails else contextlib.nullcontext():
+        captured.capture()
+        assert captured.logits == "logits"
+    assert runs == [True, False] and gc.isenabled()              # once to warm up, once to capture
+    assert empties == [1] * emptied                              # in between, as no capture may
+    assert captured.graph.calls == [("begin", "thread_local"), ("end", False)]
 
 
 # -------------------------------------------------------------------------------------- attention and norms
