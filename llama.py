@@ -185,11 +185,11 @@ def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     return freqs * unscaled + freqs / scaling["factor"] * (1 - unscaled)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (a, b) of the numbers i and i + D/2 of x (B,heads,T,D) by its angle, to (a cos - b sin,
-    b cos + a sin). cos, sin (B,1,T,D) are those of the D/2 negative angles and then of the angles, so the
-    signs are in sin. The weights of Hugging Face folders are ordered for these pairs."""
+    """Turns each pair of numbers (i, i + D/2) of x (B,heads,T,D) by its angle: (a, b) becomes (a cos - b sin,
+    b cos + a sin). cos, sin (B,1,T,D) have the angle at both numbers of a pair. The weights of Hugging Face
+    folders are ordered for these pairs."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([b, a], dim=-1) * sin
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 class KVCache:
     """Keys and values of all layers, (layers,B,Hkv,S,D) each, allocated once. `length` columns are filled.
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
-        angles = torch.cat([-angles, angles], dim=-1)                                       # (B, 1, T, D)
+        angles = torch.cat([angles, angles], dim=-1)                                        # (B, 1, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # Each column sees the real columns up to itself. Padding on the left would see nothing, and a softmax
         # over nothing is NaN. So every column also sees itself; real columns still see no padding.

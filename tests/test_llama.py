@@ -123,7 +123,7 @@ def test_permuted_rows_turn_pairwise_rotation_into_rotation_by_halves():
     turned = pairs * torch.polar(torch.ones(T, 1, D // 2), angles[:, None])                # as llama2.c does
     halves = (x @ stories260k.permute(weight, H).T).reshape(T, H, D).transpose(0, 1)[None]  # (1, H, T, D)
     expected = torch.cat([turned.real, turned.imag], dim=-1).transpose(0, 1)[None]
-    angles = torch.cat([-angles, angles], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
     assert_close(rotate(halves, angles.cos()[None, None], angles.sin()[None, None]), expected)
 
 
