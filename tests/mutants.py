@@ -46,6 +46,7 @@ TESTS = {
     "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
     "runtime/speed.py": ["test_llama.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
+    "bench/memory.py": ["test_memory.py", "test_clusters.py"],
 }
 
 
@@ -66,6 +67,7 @@ llama, lora, data, sft, reward, ppo = (
     partial(Fault, f"runtime/{name}.py")
     for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
                  "checkpoint", "speed", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
+memory = partial(Fault, "bench/memory.py")
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -379,6 +381,15 @@ FAULTS = [
     checkpoint("weight.data.copy_(file.get_tensor(name))", "pass"),
     ppo("state.extra.update(beta=beta, stats=stats)", "state.extra.update(beta=args.kl_coef, stats=stats)"),
     ppo("state.step * updates)", "state.step)"),
+
+    # the calculator of memory: what is kept, divided, copied
+    memory('("gate_proj", "up_proj"): C', '("gate_proj", "up_proj"): 0'),
+    memory("4 * C + (job.width * C if job.full else 0)", "4 * C"),
+    memory("layers * kept_by_layer(job) - (0 if job.full else kept_by_norm(job)), 0",
+           "layers * kept_by_layer(job), kept_by_layer(job)"),
+    memory("c.hidden_size * inputs, 3 * table", "c.hidden_size * inputs, 2 * table"),
+    memory("float32(job) * n / job.optimisers", "float32(job) * n"),
+    memory("new = 0 if to_cpu and not several else mine", "new = 0 if to_cpu else mine"),
 ]
 
 
