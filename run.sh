@@ -112,7 +112,7 @@ case "${1:-}" in
             show python -m pytest tests --sample 6
             show python tests/mutants.py --sample 6 --seed "$RANDOM"
         else
-            show python -m pytest tests/test_{faults,fuzz,machines,memory,clusters,soak,trainers,bad_input,toy,bench,adapters}.py -m slow --full -rs -s "$@"
+            show python -m pytest tests/test_{faults,fuzz,machines,memory,clusters,soak,trainers,bad_input,toy,bench,gpu_script,adapters}.py -m slow --full -rs -s "$@"
             show python tests/mutants.py
         fi ;;
     bench)

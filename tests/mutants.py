@@ -46,6 +46,8 @@ TESTS = {
     "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
     "runtime/speed.py": ["test_llama.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
+    **{f"bench/gpu{part}.py": ["test_gpu_script.py"]
+       for part in ("", "_tools", "_correct", "_memory", "_speed")},
     "bench/memory.py": ["test_memory.py", "test_clusters.py"],
 }
 
@@ -68,6 +70,9 @@ llama, lora, data, sft, reward, ppo = (
     for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
                  "checkpoint", "speed", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 memory = partial(Fault, "bench/memory.py")
+
+on_gpu, tools, correct, peaks, speed_of = (
+    partial(Fault, f"bench/gpu{part}.py") for part in ("", "_tools", "_correct", "_memory", "_speed"))
 
 FAULTS = [
     # masks: the prompt has no loss, EOS belongs to the answer, padding reaches nothing
@@ -381,6 +386,26 @@ FAULTS = [
     checkpoint("weight.data.copy_(file.get_tensor(name))", "pass"),
     ppo("state.extra.update(beta=beta, stats=stats)", "state.extra.update(beta=args.kl_coef, stats=stats)"),
     ppo("state.step * updates)", "state.step)"),
+
+    # the checks of a GPU: each must be able to fail
+    on_gpu("args.cpu or check.cpu", "args.cpu"),
+    on_gpu("Place(folder, device, small)", 'Place(folder, device, device.type == "cpu")'),
+    on_gpu("or not findings", ""),
+    on_gpu("first_words(error), ok=False", "first_words(error)"),
+    tools("bool(measured <= bound)", "not measured > bound"),
+    tools("bool(low <= measured <= high)", "measured <= high"),
+    tools("(math.isnan(x), x)", "x"),
+    tools("generator=rng)", "generator=None)"),
+    correct("logits.clone()", "logits"),
+    correct("math.inf if x is None else", "0.0 if x is None else"),
+    correct("max(distance[key],", "min(distance[key],"),
+    correct("row != other", "row == other"),
+    correct("None if key in self.known else row", "row"),
+    correct("at_most(f\"words of probability 0", "Finding(f\"words of probability 0"),
+    peaks("peak, self.live.peak = self.live.peak, self.live.now", "peak = self.live.peak"),
+    speed_of(" - model.model.embed_tokens.weight.numel()", ""),
+    speed_of("(layer + attention)", "layer"),
+    speed_of("within(what, limit / seconds, low, high)", "within(what, limit / seconds, low, 1e9)"),
 
     # the calculator of memory: what is kept, divided, copied
     memory('("gate_proj", "up_proj"): C', '("gate_proj", "up_proj"): 0'),

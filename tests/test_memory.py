@@ -14,7 +14,6 @@ import reward
 import sft
 from conftest import REPO, run_script, tiny_config, tiny_llama
 from data import open_tokenizer
-from live_bytes import LiveBytes
 from llama import Llama, LlamaConfig
 from lora import add_lora
 from reward import RewardModel
@@ -23,6 +22,7 @@ from runtime.tokenizer_write import copy_tokenizer
 
 sys.path.append(str(REPO / "bench"))
 import memory  # noqa: E402
+from live_bytes import LiveBytes  # noqa: E402
 
 HEADS = {"MHA": {"num_attention_heads": 4, "num_key_value_heads": 4},
          "GQA": {"num_attention_heads": 8, "num_key_value_heads": 2}}
@@ -298,7 +298,7 @@ def test_the_peak_of_a_run_is_the_formulas(ranks, step, words, folders, tmp_path
     models = {"ppo": ["--actor", root / "base", "--reward", root / "reward", "--reward-norm", "none"]}
     sizes = {"ppo": ["--max-prompt", prompt, "--max-new", answer]}.get(step, ["--max-len", prompt + answer])
     words = [str(word) for word in [*words, *sizes, "--dtype", "bf16"]]
-    done = run_script(REPO / "tests" / "live_bytes.py", step, *models.get(step, ["--model", root / "base"]),
+    done = run_script(REPO / "bench" / "live_bytes.py", step, *models.get(step, ["--model", root / "base"]),
                       "--data", root / "pairs.jsonl", "--split", "none", "--steps", "2",
                       "--out", tmp_path / "run", *words, ranks=ranks, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

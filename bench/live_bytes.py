@@ -1,6 +1,6 @@
 """How many bytes of tensors are alive: what torch.cuda.max_memory_allocated says of a GPU, on a CPU.
 
-    python tests/live_bytes.py sft --model ...    # runs a trainer and prints each rank's peak
+    python bench/live_bytes.py sft --model ...    # runs a trainer and prints each rank's peak
 """
 import os
 import sys
