@@ -196,9 +196,8 @@ def computed(job: Job, place: Place) -> dict[str, float]:
         phase = name.partition(":")[0]
         phase = phase if phase in PHASES else "the rest"
         found[phase] = max(found.get(phase, 0), sum(parts.values()) - parts.get("CUDA and NCCL", 0))
-    if place.small:                          # there --offload moves nothing, and decoding copies the head
+    if place.small:                          # there --offload moves nothing
         found["the rest"] += memory.ram(run)
-        found["generating"] = found.get("generating", 0) + 2 * run.config.vocab_size * run.config.hidden_size
     return found
 
 

@@ -134,10 +134,10 @@ def check_decoding(place: Place) -> Iterator[Finding]:
 
 def share_of_limit(what: str, limit: float, seconds: float, bounds: tuple[float, float],
                    place: Place) -> Finding:
-    """The share of the measured seconds that the limit is. On a CPU nobody judges it: beside a small network,
-    Python's own time is long."""
+    """The share of the measured seconds that the limit is. At toy size it is hardly judged: Python's own time
+    is long beside such a network, and a CPU with other work has another rate each time."""
     what = f"{what}: {1e3 * seconds:,.1f} ms, limit {1e3 * limit:,.1f} ms, share"
-    low, high = (0, bounds[1]) if place.small else bounds
+    low, high = (0, 10) if place.small else bounds
     return within(what, limit / seconds, low, high)
 
 
