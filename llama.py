@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        if x.is_cuda:                        # the same in one kernel, which keeps no float32 copy of x
+        if x.is_cuda:                        # up to rounding the same, in one kernel without float32 copies
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -231,7 +231,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(size, config.num_key_value_heads * self.D, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * self.D, size, bias=bias)
 
-    def forward(self, x, cos, sin, allowed, cache=None):
+    def forward(self, x, cos, sin, bias, cache=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))         # (B, H or Hkv, T, D)
@@ -240,7 +240,8 @@ class Attention(nn.Module):
             k, v = cache.extend(self.index, k, v)                               # (B, Hkv, S, D)
         # G = H / Hkv heads share their keys and values (arXiv 2305.13245). Their queries stand one below the
         # other as G * T queries of one head, so nothing is copied for each of them.
-        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.D), k, v, attn_mask=allowed)
+        grouped = q.reshape(B, k.shape[1], -1, self.D)                          # (B, Hkv, G * T, D)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
         return self.o_proj(y.reshape(q.shape).transpose(1, 2).reshape(B, T, -1))
 
 class MLP(nn.Module):
@@ -261,8 +262,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, allowed, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, allowed, cache)
+    def forward(self, x, cos, sin, bias, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
@@ -289,20 +290,20 @@ class Transformer(nn.Module):
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
-        angles = torch.cat([angles, angles], dim=-1)                                        # (B, 1, T, D)
+        angles = torch.cat([angles, angles], dim=-1)     # (B, 1, T, D): both numbers of a pair turn by one
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # Each column sees the real columns up to itself. Padding on the left would see nothing, and a softmax
         # over nothing is NaN. So every column also sees itself; real columns still see no padding.
         rows = newest[:, None]
         allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        allowed = attention_bias(allowed, groups, x.dtype)                                  # (B, 1, G * T, S)
+        bias = attention_bias(allowed, groups, x.dtype)                                     # (B, 1, G * T, S)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # With LoRA, x needs no gradient at first, and reentrant checkpointing would give none at all.
-                x = checkpoint(layer, x, cos, sin, allowed, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, bias, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, allowed, cache)
+                x = layer(x, cos, sin, bias, cache)
         if cache is not None:
             cache.length = S
         return self.norm(x)

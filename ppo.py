@@ -283,6 +283,7 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(actor, *lora, name="actor")
         roles = {"actor": Role(actor, "actor"), "ref": Role(actor)}
     else:
+        # under ZeRO-3 in pieces on all ranks, like what is trained
         ref = divide_frozen(Llama.from_pretrained(base, dtype, device), args, dtype)
         roles = {"actor": Role(actor), "ref": Role(ref)}
 
@@ -426,13 +427,17 @@ def answers(roles: dict[str, Role], ids: Tensor, mask: Tensor, uniforms: Tensor,
     ids and mask (B,R). R is the length of the longest answer of any rank."""
     actor, at_once = roles["actor"].activate(), args.gen_batch or len(ids)
     pieces = zip(ids.split(at_once), mask.split(at_once), uniforms.split(at_once), strict=True)
+    responses, masks = [], []
     with made_whole(actor, [role.engine for role in roles.values() if role.engine]):
-        pairs = [actor.generate(some_ids, some_mask, args.max_new, args.temperature,
-                                eos_id=tokenizer.eos_ids, uniforms=some_uniforms, watch=watch)
-                 for some_ids, some_mask, some_uniforms in pieces]
-    response, response_mask = (torch.cat([F.pad(x, (0, args.max_new - x.shape[1])) for x in some])
-                               for some in zip(*pairs, strict=True))
-    longest = int(max_over_ranks(response_mask.any(0).sum())[0])
+        for piece_ids, piece_mask, piece_uniforms in pieces:
+            response, response_mask = actor.generate(
+                piece_ids, piece_mask, args.max_new, args.temperature, eos_id=tokenizer.eos_ids,
+                uniforms=piece_uniforms, watch=watch)
+            missing = (0, args.max_new - response.shape[1])        # columns on the right
+            responses.append(F.pad(response, missing))
+            masks.append(F.pad(response_mask, missing))
+    response, response_mask = torch.cat(responses), torch.cat(masks)
+    longest = int(max_over_ranks(int(response_mask.any(0).sum()))[0])
     return response[:, :longest], response_mask[:, :longest]
 
 def random_numbers(seed: int, step: int) -> torch.Generator:
@@ -499,15 +504,19 @@ def update_critic(role: Role, my_micros: list[Rollout], total: Tensor, args: Nam
 def start_average(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """A copy of the weights in float32, the moving average before the first update. Rank 0 alone has one, in
     the CPU's memory: that of full training takes 27 GB for a 7B."""
-    with gathered(weights.values()):
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in weights.items()
-                if dist.get_rank() == 0}
+    average = {}
+    for name, p in weights.items():
+        with gathered([p]):
+            if dist.get_rank() == 0:
+                average[name] = p.detach().to("cpu", torch.float32, copy=True)
+    return average
 
 def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float):
     """Moves rank 0's average towards the weights."""
-    with gathered(weights.values()):
-        for name, mean in average.items():
-            mean.lerp_(weights[name].detach().to(mean), 1 - decay)
+    for name, p in weights.items():
+        with gathered([p]):
+            if name in average:
+                average[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
 
 # ------------------------------------------------------------ 6. log
 def summary(batch: Rollout, score: Tensor) -> dict[str, float]:
@@ -684,15 +693,16 @@ def main():
     for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
     # Two engines may share a transformer: each has only its own role's weights in its optimiser.
-    for role, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)):
-        roles[role].engine = make_engine(args, roles[role].network, [*trained[role].values()], lr,
-                                         steps * updates, inputs.accumulation, dtype,
-                                         shares=actor.model is critic.model)
+    for name, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)):
+        role = roles[name]                   # one network may have two engines
+        role.engine = make_engine(args, role.network, [*trained[name].values()], lr, steps * updates,
+                                  inputs.accumulation, dtype, shares=actor.model is critic.model)
     state.track_engines(actor=roles["actor"].engine, critic=roles["critic"].engine)
     average = start_average(trained["actor"]) if args.ema is not None else {}
     state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())}, on_all_ranks=False)
-    if args.gen_batch is None and device.type == "cuda":
-        args.gen_batch = room_for_answers(actor, args.max_prompt, args.max_prompt + args.max_new)
+    if args.gen_batch is None and device.type == "cuda":           # as many as the GPU has room for
+        both = [*trained["actor"].values(), *trained["critic"].values()]
+        args.gen_batch = room_for_answers(args, actor, both)
         state.record(gen_batch=args.gen_batch)
     # extra is empty in a new run; if stats is None then, the evaluation before step 1 measures it
     stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.engine import gathered
+from runtime.engine import gathered, give_back_fetched
 from runtime.errors import BadInput
 from runtime.folders import FILES, FOLDERS, fingerprint, read_json, write_whole, writing
 from runtime.log import Log
@@ -251,9 +251,13 @@ class Run:
         """Around the held-out evaluation after `step`. If a signal stops it, it writes no line; the
         checkpoint notes that it is due, and the resumed run does it first. Before the first step there is
         nothing to save."""
+        stopped = False
         try:
             yield
         except Stopped:
+            stopped = True
+        give_back_fetched(self.engines.values())       # before anything is saved
+        if stopped:
             if step != self.step:            # else a resumed run has this checkpoint already
                 self.save(step, evaluation_due=True)
             self.stop(step, log)
@@ -310,12 +314,13 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
         files = {f"rank-{self.rank}.pt": self.write_rank}
         if self.rank == 0:
-            files["weights.safetensors"] = lambda path: save_file(
-                {name: w.detach().cpu().contiguous() for name, w in self.weights.items()}, path)
+            files["weights.safetensors"] = lambda path: save_file(whole, path)
             files["run.json"] = lambda path: path.write_text(json.dumps(self.kept(step, evaluation_due)))
         # each weight itself, its copy in float32 and its two moments
-        needed = sum(w.nbytes + 12 * getattr(w, "ds_numel", w.numel()) for w in self.weights.values())
-        with gathered(self.weights.values()), fail_together(), writing(part, needed):
+        needed = sum((w.element_size() + 12) * getattr(w, "ds_numel", w.numel())
+                     for w in self.weights.values())
+        whole = self.whole_weights()
+        with fail_together(), writing(part, needed):
             part.mkdir(parents=True, exist_ok=True)
             quiet = None if self.rank == 0 else True
             for name, write in tqdm(files.items(), f"saving step-{step}", leave=False, disable=quiet):
@@ -327,6 +332,17 @@ class Run:
                 if my_turn and part.exists():
                     self.publish(part, manifest)
         self.saved_at = time.monotonic()
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The tracked weights in rank 0's RAM. What ZeRO-3 has divided is made whole one weight at a time: a
+        GPU may not have room for all of them."""
+        whole = {}
+        for name, weight in self.weights.items():
+            with gathered([weight]):
+                if self.rank == 0:
+                    divided = hasattr(weight, "ds_id")             # its memory is given back after this
+                    whole[name] = weight.detach().to("cpu", copy=divided).contiguous()
+        return whole
 
     def kept(self, step: int, evaluation_due: bool) -> dict:
         """The content of run.json."""

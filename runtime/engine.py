@@ -56,6 +56,8 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
         "steps_per_print": 10**9,
     })[0]
     engine.skipped_in_a_row = 0
+    if is_bf16 and not args.zero_stage:      # there Adam has counted a step of zeros by DeepSpeed
+        engine.optimizer.optimizer.state.clear()
     if dtype == torch.float16 and args.zero_stage:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False          # Run.end_step ends the run
     return engine
@@ -105,9 +107,10 @@ def gathered(parameters: Iterable[Tensor]):
 
 @contextmanager
 def made_whole(network: nn.Module, engines: Iterable):
-    """A context in which every rank holds the network whole and calls it without waiting for the others.
+    """A context in which every rank holds the network whole and calls its layers without waiting for others.
     engines: all that train a part of the network. Under ZeRO-3 their hooks would gather every layer anew for
-    each token, and give it back; so they are taken off, and put on again at the end."""
+    each token, and give it back; so they are taken off, and put on again at the end. (One hook of the whole
+    network stays, which waits for all ranks: decode calls only parts of it.)"""
     offloads = [engine.optimizer.parameter_offload for engine in engines
                 if hasattr(engine.optimizer, "parameter_offload")]
     with gathered(network.parameters()):
@@ -121,14 +124,26 @@ def made_whole(network: nn.Module, engines: Iterable):
             for offload in offloads:
                 offload._register_deepspeed_module(offload.module)
 
-def room_for_answers(network: nn.Module, prompt: int, columns: int) -> int:
-    """How many answers the GPU of every rank has room to generate at one time, in texts of so many columns,
-    `prompt` of them the prompt's. The smallest number of all ranks, so that all take equally many pieces."""
-    weights = list(network.parameters())
-    # what made_whole will take, where ZeRO-3 has divided the weights
-    divided = sum(p.ds_numel * p.element_size() - p.nbytes for p in weights if hasattr(p, "ds_id"))
-    width = weights[0].element_size()
-    mine = rows_at_once(free_memory() - divided, network.config, width, prompt, columns)
+def give_back_fetched(engines: Iterable):
+    """After a pass without a backward pass, as in an evaluation. ZeRO-3 may have fetched weights ahead for a
+    backward pass that does not come, and cannot gather them for saving until they are given back."""
+    for engine in engines:
+        if hasattr(engine.optimizer, "parameter_offload"):
+            engine.optimizer.parameter_offload.partition_all_parameters()
+
+def room_for_answers(args: Namespace, network: nn.Module, trained: Iterable[Tensor]) -> int:
+    """How many answers the GPU of every rank has room to generate at one time, beside what is still to come
+    for the weights that both engines train. The smallest number of all ranks, so that all take equally many
+    pieces."""
+    weights, world = list(network.parameters()), dist.get_world_size()
+    # what made_whole will take, where ZeRO-3 has divided the weights among several ranks
+    divided = sum(p.ds_numel * p.element_size() - p.nbytes
+                  for p in weights if world > 1 and hasattr(p, "ds_id"))
+    # two moments in float32, which the first update makes
+    moments = 8 * sum(getattr(p, "ds_numel", p.numel()) for p in trained) / (world if args.zero_stage else 1)
+    free = free_memory() - divided - (0 if args.offload else moments)
+    columns = args.max_prompt + args.max_new
+    mine = rows_at_once(free, network.config, weights[0].element_size(), args.max_prompt, columns)
     rows = -int(max_over_ranks(-mine)[0])
     say(f"generating up to {rows:,} answers per GPU at a time (--gen-batch)")
     return rows

@@ -11,11 +11,13 @@ DRIVER = Path("/proc/driver/nvidia/version")           # there where NVIDIA's dr
 
 def gpu_is_usable() -> bool:
     """Whether PyTorch can use a GPU. BadInput where there is a GPU that it cannot use: a 7B would train on
-    the CPU, for weeks. CUDA_VISIBLE_DEVICES= (empty) says that the CPU is meant."""
+    the CPU, for weeks. DS_ACCELERATOR=cpu says that the CPU is meant, and so does CUDA_VISIBLE_DEVICES=,
+    which DeepSpeed's launcher replaces."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")      # PyTorch does not raise: it returns False, and warns why
         usable = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = (os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+              or os.environ.get("DS_ACCELERATOR") == "cpu")
     has_gpu = DRIVER.exists() and any(Path("/dev").glob("nvidia[0-9]*"))
     warned = [str(warning.message) for warning in caught if "CUDA" in str(warning.message)]
     if usable or hidden or not (has_gpu or warned):
@@ -27,7 +29,7 @@ def gpu_is_usable() -> bool:
         why += f" ({warned[0].splitlines()[0]})"
     raise BadInput(f"there is a GPU that PyTorch cannot use: {why}; install the PyTorch for your driver, as "
                    f"with pip install torch --index-url https://download.pytorch.org/whl/cu126 "
-                   f"(docs/clusters.md), or set CUDA_VISIBLE_DEVICES= to compute on the CPU", everywhere=True)
+                   f"(docs/clusters.md), or set DS_ACCELERATOR=cpu to compute on the CPU", everywhere=True)
 
 def free_memory() -> int:
     """The bytes that new tensors can have on this rank's GPU: what no process holds, and what PyTorch keeps
@@ -40,7 +42,8 @@ def answer_bytes(config: object, width: int, prompt: int, columns: int) -> float
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * columns * width
     while_rows_leave = 1.25                  # KVCache.keep copies half of the rows, first their keys
     prompt_pass = 3 * (config.intermediate_size + config.hidden_size) * prompt * width
-    attention_mask = 6 * prompt * prompt     # of bools, and of the numbers that attention adds
+    groups = config.num_attention_heads // config.num_key_value_heads
+    attention_mask = (2 + groups * width) * prompt * prompt        # bools, and what attention adds
     sampling = 5 * 4 * config.vocab_size     # logits, probabilities, their sums: float32
     return while_rows_leave * cache + prompt_pass + attention_mask + sampling
 

@@ -199,7 +199,7 @@ def turns_before(row: Row) -> Turns:
                 turns += message_turns(pair, "history")
             else:
                 raise BadInput("history must be a list of [question, answer]")
-    # beside `output`, a `prompt` is often a filled template that holds the answer too
+    # beside `instruction` and `output`, a `prompt` is often a filled template that holds the answer too
     question = row.get(*["instruction"] * ("output" in row.fields), *QUESTION)
     question = question.get("full_text", question) if isinstance(question, dict) else question
     below = row.text(*(name for name in BELOW if isinstance(row.fields.get(name), str))).strip()
@@ -262,11 +262,12 @@ def example(turns: Turns, chosen: str | None = None, rejected: str | None = None
 
 # ------------------------------------------------------------ kinds
 def refuse_disliked(row: Row, tally: Counter):
-    """Dropped where the label is false. A number or another word may be that of a class."""
-    label = str(row.get(*LABEL)).strip().lower()
-    if label == "false":
+    """Dropped where the label is false; beside `completion`, as in TRL's rows, also where it is 0. Elsewhere
+    a number or another word may be that of a class."""
+    label, is_trl = str(row.get(*LABEL)).strip().lower(), row.has("completion")
+    if label in (FALSE if is_trl else FALSE[:1]):
         raise Dropped("rows dropped: marked as not to be learned")
-    if label not in ("true", "none"):
+    if label not in ("true", "none") and not (is_trl and label in ("1", "1.0", "yes")):
         tally["rows whose label is neither true nor false, which is not looked at"] += 1
 
 def pair_scores(row: Row) -> list:

@@ -30,6 +30,10 @@ from runtime.gpu import gpu_is_usable
 def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
     """Starts the process group, with the launcher or without: (rank, world size, device, dtype). Replaces
     --dtype auto."""
+    # Before CUDA starts and PyTorch reads it: texts of many lengths would cut the memory into pieces that
+    # are too small for the next text.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cuda = gpu_is_usable()
     warnings.filterwarnings("ignore")
     if args.dtype == "fp16" and not cuda:
@@ -42,13 +46,11 @@ def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
         pretend_launcher()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        # texts of many lengths would cut the memory into pieces that are too small for the next one
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:                    # the ranks of one machine share its cores
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))
+    if "OMP_NUM_THREADS" not in os.environ:  # the ranks of one machine share its cores, with --offload too
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))
     start_group(cuda, timedelta(seconds=args.timeout))
     torch.manual_seed(args.seed)             # the same new weights on every rank
     rank, world = dist.get_rank(), dist.get_world_size()

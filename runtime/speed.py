@@ -39,8 +39,8 @@ def attention_bias(allowed: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     In memory each row has a multiple of 8 numbers. Otherwise PyTorch's attention on a GPU would copy the bias
     in every layer, and keep each copy for the backward pass."""
     B, _, T, S = allowed.shape
-    bias = torch.zeros(B, 1, groups, T, -(-S // 8) * 8, dtype=dtype, device=allowed.device)[..., :S]
-    return bias.masked_fill_(~allowed[:, :, None], -math.inf).flatten(2, 3)
+    bias = torch.zeros(B, 1, groups * T, -(-S // 8) * 8, dtype=dtype, device=allowed.device)[..., :S]
+    return bias.masked_fill_(~allowed.repeat(1, 1, groups, 1), -math.inf)
 
 # ------------------------------------------------------------ decoding on a GPU
 # The bytes that must be free on the GPU before a capture. A graph needs some memory of its own, and during

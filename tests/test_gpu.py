@@ -29,7 +29,8 @@ GIB = 2**30
 @pytest.fixture()
 def driver(monkeypatch, tmp_path):
     """driver(usable, warning, there): what PyTorch says of the GPU, and whether the machine has one."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
 
     def set_up(usable, warning=None, there=True):
         def is_available():
@@ -64,14 +65,15 @@ def test_a_gpu_that_pytorch_cannot_use_ends_the_run_in_one_line(there, warning, 
     with pytest.raises(BadInput, match="there is a GPU that PyTorch cannot use") as error:
         gpu_is_usable()
     line = str(error.value)
-    assert said in line and "--index-url" in line and "CUDA_VISIBLE_DEVICES=" in line and "\n" not in line
+    assert said in line and "--index-url" in line and "DS_ACCELERATOR=cpu" in line and "\n" not in line
     assert error.value.everywhere
 
 
-@pytest.mark.parametrize("hidden", ["", "-1"])
-def test_who_hides_the_gpu_means_the_cpu(hidden, driver, monkeypatch):
+@pytest.mark.parametrize("name, value", [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"),
+                                         ("DS_ACCELERATOR", "cpu")])
+def test_who_hides_the_gpu_means_the_cpu(name, value, driver, monkeypatch):
     driver(False, TOO_OLD)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setenv(name, value)
     assert gpu_is_usable() is False
 
 
@@ -80,7 +82,7 @@ def test_the_rows_of_a_7b_that_have_room_are_those_of_the_arithmetic():
     # 0.5 MiB of keys and values for each token, a quarter more while rows leave; the prompt's pass; the mask;
     # the numbers of sampling
     cache, prompt_pass = 1.25 * 512 * 0.5 * 2**20, 3 * (11008 + 4096) * 256 * 2
-    assert answer_bytes(SEVEN_B, 2, 256, 512) == cache + prompt_pass + 6 * 256**2 + 20 * 32000
+    assert answer_bytes(SEVEN_B, 2, 256, 512) == cache + prompt_pass + (2 + 2) * 256**2 + 20 * 32000
     free = (22.7 - 12.6) * GIB                                     # of a card of 24 GB beside the weights
     assert 20 < rows_at_once(free, SEVEN_B, 2, 256, 512) < 29
     assert rows_at_once(0, SEVEN_B, 2, 256, 512) == rows_at_once(-GIB, SEVEN_B, 2, 256, 512) == 1
@@ -95,12 +97,28 @@ def test_memory_that_pytorch_keeps_and_does_not_use_is_free(monkeypatch):
     assert free_memory() == 12 * GIB
 
 
+def flags(**changes):
+    return Namespace(**{"max_prompt": 32, "max_new": 32, "zero_stage": 2, "offload": False, **changes})
+
+
 def test_all_ranks_take_the_number_of_the_fullest_gpu(monkeypatch, capsys):
     model, per_row = tiny_llama(), answer_bytes(tiny_llama().config, 4, 32, 64)
     free = [100 * per_row, 20 * per_row]
     monkeypatch.setattr(runtime.engine, "free_memory", lambda: free[torch.distributed.get_rank()])
-    assert on_ranks(2, lambda rank: room_for_answers(model, 32, 64), monkeypatch) == [16, 16]
+    assert on_ranks(2, lambda rank: room_for_answers(flags(), model, []), monkeypatch) == [16, 16]
     assert "generating up to 16 answers per GPU at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks, changes, divided_by", [
+    (1, {}, 1), (2, {}, 2), (2, {"zero_stage": 0}, 1), (1, {"offload": True}, None)])
+def test_the_moments_that_the_first_update_makes_are_not_free(ranks, changes, divided_by, monkeypatch):
+    model = tiny_llama()
+    per_row, n = answer_bytes(model.config, 4, 32, 64), sum(p.numel() for p in model.parameters())
+    moments = 8 * n / divided_by if divided_by else 0
+    monkeypatch.setattr(runtime.engine, "free_memory", lambda: 20.01 * per_row + moments)
+    found = on_ranks(ranks, lambda rank: room_for_answers(flags(**changes), model, model.parameters()),
+                     monkeypatch)
+    assert found == [16] * ranks
 
 
 def test_the_weights_that_a_rollout_will_make_whole_are_not_free(monkeypatch):
@@ -109,8 +127,11 @@ def test_the_weights_that_a_rollout_will_make_whole_are_not_free(monkeypatch):
     for p in model.parameters():             # as ZeRO-3 leaves a weight: its whole size, and no numbers
         p.ds_id, p.ds_numel = 0, p.numel()
         p.data = torch.empty(0)
-    monkeypatch.setattr(runtime.engine, "free_memory", lambda: 20 * per_row + weights)
-    assert on_ranks(1, lambda rank: room_for_answers(model, 32, 64), monkeypatch) == [16]
+    free = [20.01 * per_row + weights]
+    monkeypatch.setattr(runtime.engine, "free_memory", lambda: free[0])
+    assert on_ranks(2, lambda rank: room_for_answers(flags(), model, []), monkeypatch) == [16, 16]
+    free[0] = 20.01 * per_row                # of one rank ZeRO-3 takes nothing more
+    assert on_ranks(1, lambda rank: room_for_answers(flags(), model, []), monkeypatch) == [16]
 
 
 # -------------------------------------------------------------------------------------------- out of memory
@@ -172,7 +193,7 @@ def test_the_configuration_is_that_of_the_device_and_the_flags(
     trained = [torch.nn.Parameter(torch.ones(10, 100))] if trained_share < 1 else [*network.parameters()]
     if trained_share < 1:
         network.small = trained[0]
-    seen, optimizer = {}, SimpleNamespace(loss_scaler=SimpleNamespace())
+    seen, optimizer = {}, SimpleNamespace(optimizer=SimpleNamespace(state={}))
 
     def initialize(config, **more):
         seen.update(config)

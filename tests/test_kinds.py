@@ -271,11 +271,17 @@ def test_a_pair_whose_scores_contradict_it_is_kept_and_counted(tmp_path):
 
 
 def test_a_label_that_is_not_looked_at_is_counted(tmp_path):
-    rows = [{"prompt": "why?", "completion": "so", "label": label} for label in (0, 1, 2, "bad", True, None)]
+    rows = [{"prompt": "why?", "output": "so", "label": label} for label in (0, 1, 2, "bad", True, None)]
     records, tally = read(tmp_path, *rows, {**rows[0], "label": False})
     assert records == ANSWER * 6
     assert tally == {"rows whose label is neither true nor false, which is not looked at": 4,
                      "rows dropped: marked as not to be learned": 1}
+
+
+def test_the_label_of_a_completion_is_false_where_it_is_0(tmp_path):
+    rows = [{"prompt": "why?", "completion": "so", "label": label} for label in (0, 1, 0.0, 1.0, "no", True)]
+    records, tally = read(tmp_path, *rows)
+    assert records == ANSWER * 3 and tally == {"rows dropped: marked as not to be learned": 3}
 
 
 def test_answers_of_weight_0_are_counted(tmp_path):

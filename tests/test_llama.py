@@ -1082,11 +1082,11 @@ def test_a_capture_is_quiet_and_always_ends(free, emptied, fails, monkeypatch):
 
 # -------------------------------------------------------------------------------------- attention and norms
 def test_attention_bias_is_made_of_aligned_rows():
-    for S in (1, 7, 8, 19):
-        allowed = torch.rand(2, 1, 3, S, generator=torch.Generator().manual_seed(S)) > 0.5
-        bias = speed.attention_bias(allowed, 4, torch.bfloat16)
-        assert bias.shape == (2, 1, 12, S) and bias.dtype == torch.bfloat16
-        expected = torch.where(allowed, 0.0, -torch.inf).bfloat16().repeat(1, 1, 4, 1)
+    for S, T, G in ((1, 3, 4), (7, 3, 4), (8, 3, 1), (19, 3, 4), (37, 1, 1), (37, 1, 4), (37, 4, 1)):
+        allowed = torch.rand(2, 1, T, S, generator=torch.Generator().manual_seed(S)) > 0.5
+        bias = speed.attention_bias(allowed, G, torch.bfloat16)
+        assert bias.shape == (2, 1, G * T, S) and bias.dtype == torch.bfloat16
+        expected = torch.where(allowed, 0.0, -torch.inf).bfloat16().repeat(1, 1, G, 1)
         assert torch.equal(bias, expected)
         # what PyTorch's attention on a GPU asks of a mask, so that it makes no copy (aligned_tensor)
         assert all(stride % 8 == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) == 1

@@ -434,6 +434,46 @@ def test_a_frozen_network_is_divided_under_zero_3_alone_and_says_the_same(stage,
     assert any(p.requires_grad for p in model.parameters()) == (stage == 2)
 
 
+@pytest.fixture
+def few_layers_at_a_time(deepspeed, monkeypatch):
+    """DeepSpeed with ZeRO-3's bounds so small that a toy's layers come and go as those of a 7B do."""
+    module = sys.modules.get("deepspeed") or __import__("deepspeed")
+    initialize = module.initialize
+
+    def smaller(config, **more):
+        bounds = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+        if config["zero_optimization"].get("stage3_prefetch_bucket_size"):
+            bounds["stage3_prefetch_bucket_size"] = 3000
+        config = {**config, "zero_optimization": config["zero_optimization"] | bounds}
+        return initialize(config=config, **more)
+
+    monkeypatch.setattr(module, "initialize", smaller)
+
+
+@pytest.mark.parametrize("job", ["sft-full", "ppo"])
+def test_under_zero_3_what_is_saved_after_an_evaluation_is_whole(job, start, few_layers_at_a_time, tmp_path):
+    expected = start(job, tmp_path / "whole", "--zero-stage 2")
+    found = start(job, tmp_path / "divided", "--zero-stage 3")
+    for line, other in zip(found[0], expected[0], strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+    sizes = [[len(content) for content in record[2]] for record in (found, expected)]
+    assert sizes[0] == sizes[1]
+    with pytest.raises(SystemExit):          # a signal in an evaluation saves a checkpoint
+        start(job, tmp_path / "run", "--zero-stage 3",
+              at_evaluation=lambda n: n == 2 and on_signal(signal.SIGTERM, None))
+    runtime.checkpoint.seen.update(signal=0, at=0.0)
+    assert start(job, tmp_path / "run", "--zero-stage 3 --resume") == found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_first_update_in_bf16_is_adams_first_in_every_stage(stage, deepspeed):
+    engine, model = small_engine(dtype=torch.bfloat16, zero_stage=stage, warmup=0.0)
+    before = [p.detach().float().clone() for p in model.to(torch.bfloat16).parameters()]
+    after = update(engine, model, 1.0)
+    bias = after[1].float() - before[1]
+    assert torch.allclose(bias, torch.full_like(bias, -0.1), atol=0.005)       # its whole rate
+
+
 def test_the_optimiser_of_offload_lies_on_the_cpu_and_trains_alike(deepspeed):
     after = []
     for offload in (False, True):
@@ -470,9 +510,10 @@ def jobs(tokenizer_file, pairs_file, tmp_path_factory):
         save_adapter(model, root / name, "default", talker, task)
     (root / "text.jsonl").write_text("".join(f'{{"text": "the sky is blue {i}"}}\n' for i in range(20)))
     steps = f"--data {pairs_file} --steps 5 --save-every 1 --eval-every 2 --log-every 1 --weight-decay 1"
+    full = f"--model {talker} {steps} --max-len 64 --batch 8 --micro-batch 2 --lr 1e-3"
     return {
-        "sft": (sft, f"--model {talker} {steps} --max-len 64 --batch 8 --micro-batch 2 --lr 1e-3 "
-                     "--lora-rank 2 --lora-dropout 0.3", "perplexity"),
+        "sft": (sft, f"{full} --lora-rank 2 --lora-dropout 0.3", "perplexity"),
+        "sft-full": (sft, full, "perplexity"),
         "ppo": (ppo, f"--actor {root}/actor --reward {root}/reward {steps} --max-prompt 32 --max-new 8 "
                      "--rollout-batch 8 --mini-batch 4 --micro-batch 2 --ppo-epochs 2 --eval-prompts 4 "
                      "--actor-lr 1e-2 --critic-lr 1e-2 --kl-target 0.01 --kl-gain 0.5 --ema 0.9 "
@@ -505,7 +546,8 @@ def record(out):
     """What a run leaves: its lines but for times, its samples, and its weights."""
     lines = [{**line, "tokens_per_s": 0} for line in metrics(out)]
     samples = (out / "samples.jsonl").read_text() if (out / "samples.jsonl").exists() else None
-    return lines, samples, [file.read_bytes() for file in sorted(out.glob("**/adapter_model.safetensors"))]
+    files = sorted([*out.glob("**/adapter_model.safetensors"), *out.glob("model.safetensors")])
+    return lines, samples, [file.read_bytes() for file in files]
 
 
 @pytest.fixture(scope="module")
