@@ -1200,6 +1200,7 @@ def test_the_thin_product_is_by_onednn_only_where_that_is_float32(is_float32, pr
             taken.append(torch.get_float32_matmul_precision())
             return torch.Tensor.__matmul__(self, other)
 
+    torch.set_float32_matmul_precision("highest")      # threads of another test may have left "medium"
     before = torch.get_float32_matmul_precision()
     x, columns = (
         torch.randint(-8, 8, (4, 32)).float(),
