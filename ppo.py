@@ -318,6 +318,16 @@ def freeze_untrained(roles: dict[str, Role]) -> dict[str, dict[str, nn.Parameter
             p.requires_grad_(id(p) in kept)
     return trained
 
+def add_engines(args: Namespace, roles: dict[str, Role], trained: dict[str, dict[str, nn.Parameter]],
+                updates: int, accumulation: int, dtype: torch.dtype):
+    """Gives actor and critic the DeepSpeed engines that train them. Both may stand on one transformer: each
+    engine has only its own role's weights in its optimiser."""
+    shares = roles["actor"].network.model is roles["critic"].network.model
+    for name, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)):
+        weights = [*trained[name].values()]
+        roles[name].engine = make_engine(args, roles[name].network, weights, lr, updates, accumulation, dtype,
+                                         shares)
+
 # ------------------------------------------------------------ 1. rollout, 2. score
 @dataclass
 class Rollout:
@@ -692,11 +702,7 @@ def main():
     state = Run(args, lengths)
     for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
-    # Two engines may share a transformer: each has only its own role's weights in its optimiser.
-    for name, lr in (("actor", args.actor_lr), ("critic", args.critic_lr)):
-        role = roles[name]                   # one network may have two engines
-        role.engine = make_engine(args, role.network, [*trained[name].values()], lr, steps * updates,
-                                  inputs.accumulation, dtype, shares=actor.model is critic.model)
+    add_engines(args, roles, trained, steps * updates, inputs.accumulation, dtype)
     state.track_engines(actor=roles["actor"].engine, critic=roles["critic"].engine)
     average = start_average(trained["actor"]) if args.ema is not None else {}
     state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())}, on_all_ranks=False)
