@@ -290,13 +290,13 @@ class Transformer(nn.Module):
         # padding takes no position, so a text has the same positions alone and left-padded in a batch
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, newest]                            # (B, T)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, ids.device)    # (B, 1, T, D/2)
-        angles = torch.cat([angles, angles], dim=-1)     # (B, 1, T, D): both numbers of a pair turn by one
+        angles = torch.cat([angles, angles], dim=-1)     # (B, 1, T, D): a pair has one angle
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         # Each column sees the real columns up to itself. Padding on the left would see nothing, and a softmax
         # over nothing is NaN. So every column also sees itself; real columns still see no padding.
         rows = newest[:, None]
         allowed = ((columns <= rows) & mask[:, None, None, :]) | (columns == rows)          # (B, 1, T, S)
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads         # G
         bias = attention_bias(allowed, groups, x.dtype)                                     # (B, 1, G * T, S)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():

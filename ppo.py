@@ -438,6 +438,7 @@ def answers(roles: dict[str, Role], ids: Tensor, mask: Tensor, uniforms: Tensor,
     actor, at_once = roles["actor"].activate(), args.gen_batch or len(ids)
     pieces = zip(ids.split(at_once), mask.split(at_once), uniforms.split(at_once), strict=True)
     responses, masks = [], []
+    # ZeRO-3 leaves each rank a piece of the weights; the critic's engine too may have divided this network
     with made_whole(actor, [role.engine for role in roles.values() if role.engine]):
         for piece_ids, piece_mask, piece_uniforms in pieces:
             response, response_mask = actor.generate(

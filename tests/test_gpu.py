@@ -2,6 +2,7 @@
 
 There is no GPU here: the functions of torch.cuda that are asked are replaced.
 """
+import os
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,7 @@ from llama import LlamaConfig
 from runtime.engine import room_for_answers
 from runtime.errors import BadInput, exit_with_one_line, is_out_of_memory
 from runtime.gpu import answer_bytes, free_memory, gpu_is_usable, rows_at_once
-from runtime.ranks import check_stage, run
+from runtime.ranks import check_stage, run, setup
 from training import on_ranks
 
 SEVEN_B = LlamaConfig()
@@ -75,6 +76,25 @@ def test_who_hides_the_gpu_means_the_cpu(name, value, driver, monkeypatch):
     driver(False, TOO_OLD)
     monkeypatch.setenv(name, value)
     assert gpu_is_usable() is False
+
+
+@pytest.mark.parametrize("own, expected", [({}, "expandable_segments:True"),
+                                           ({"PYTORCH_CUDA_ALLOC_CONF": "x"}, "x"),
+                                           ({"PYTORCH_ALLOC_CONF": "y"}, None)])
+def test_expandable_segments_are_set_before_cuda_is_asked(own, expected, monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")         # so that it is put back at the end
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+    def ask():
+        assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+        raise BadInput("asked")
+
+    monkeypatch.setattr(runtime.ranks, "gpu_is_usable", ask)
+    with pytest.raises(BadInput, match="asked"):
+        setup(Namespace(dtype="auto"))
 
 
 # ------------------------------------------------------------------------------------- how many have room

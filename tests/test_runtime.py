@@ -465,6 +465,18 @@ def test_under_zero_3_what_is_saved_after_an_evaluation_is_whole(job, start, few
     assert start(job, tmp_path / "run", "--zero-stage 3 --resume") == found
 
 
+def test_a_checkpoint_under_zero_3_makes_one_weight_whole_at_a_time(start, tmp_path, monkeypatch):
+    gathered, together = runtime.checkpoint.gathered, []
+
+    def counting(parameters):
+        together.append(len([*parameters]))
+        return gathered(parameters)
+
+    monkeypatch.setattr(runtime.checkpoint, "gathered", counting)
+    start("sft-full", tmp_path / "run", "--zero-stage 3")
+    assert set(together) == {1} and len(together) > 20             # the weights of the network, at each step
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_first_update_in_bf16_is_adams_first_in_every_stage(stage, deepspeed):
     engine, model = small_engine(dtype=torch.bfloat16, zero_stage=stage, warmup=0.0)
