@@ -3,48 +3,49 @@
 The prompt is id for id the one the model was trained on: the conversation in the one template, after BOS. The
 answer streams until EOS, or until the model begins to write the human's next turn. A conversation that grows
 too long loses its oldest turns. With --versus two models answer, side by side where the terminal is wide.
+With --vote their names are hidden until you have said which answer is better. reward.py learns from votes.
 
     python chat.py --model runs/ppo [--versus runs/sft]        # with no flags: the toy, by toy/chat.args
     python chat.py --model runs/ppo --prompt "How are you?"    # one answer, then exit
+    python chat.py --model runs/ppo --versus runs/sft --vote votes.jsonl [--prompts questions.jsonl]
 
 In the conversation (/help lists this):
     /retry             answer the last question again
     /undo              forget the last question and its answer
     /clear             begin a new conversation
     /save FILE         write the conversation as JSON lines that sft.py can train on
+    /votes             which model the votes in the file of --vote prefer
     /temperature X     set --temperature from here on, or show it where no X is given; alike:
     /top_p X, /max_tokens N
     /quit              leave, as Ctrl-D does; Ctrl-C only stops an answer
 """
 import json
 import os
-import shutil
 import signal
 import sys
-import textwrap
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer
+from data import Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer, read_records
 from llama import Llama
 from lora import load_model
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import Flags, number
 from runtime.gpu import gpu_is_usable
-from runtime.kinds import clean_turns
+from runtime.kinds import Turns, clean_turns
+from runtime.screen import ask_for_vote, print_tally, show
+from runtime.votes import Pair, VoteFile, as_messages, draw_sides
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
 STOP = "\n\nHuman:"                          # an answer ends where the model writes this
 SMALL_MODEL = 3e7                            # parameters
-WIDE = 100                                   # characters: a terminal where two answers stand side by side
 
 def get_args() -> Namespace:
     flags = Flags("Talk to a model in a terminal.")
@@ -53,6 +54,8 @@ def get_args() -> Namespace:
     add("--versus", metavar="FOLDER", help="a second model, which answers every question too")
     add("--base", help="base model of an adapter, if not where its config says")
     add("--prompt", help="answer this one question and exit")
+    add("--vote", metavar="FILE", help="say which of the two answers is better; votes are added to this file")
+    add("--prompts", metavar="FILE", help="vote on answers to the questions of this file (docs/data.md)")
     add("--temperature", type=SETTINGS["temperature"], default=0.7,
         help="0 takes the likeliest word each time")
     add("--top-p", type=SETTINGS["top_p"], default=0.9, help="sample from the likeliest words of this share")
@@ -72,8 +75,7 @@ class Speaker:
 History = list[tuple[str, list[str]]]
 
 # ------------------------------------------------------------ answers
-def answer(speaker: Speaker, turns: list[tuple[str, str]], args: Namespace,
-           uniforms: Tensor) -> Iterator[str]:
+def answer(speaker: Speaker, turns: Turns, args: Namespace, uniforms: Tensor) -> Iterator[str]:
     """The model's answer to the turns (role, text), piece by piece. uniforms (1,max_tokens) are its random
     numbers. BadInput where the question is too long."""
     tally, context = Counter(), speaker.model.config.context
@@ -109,70 +111,67 @@ def length_of_partial_stop(text: str) -> int:
     """How many characters at the end of the text are the beginning of STOP."""
     return next((n for n in range(len(STOP) - 1, 0, -1) if text.endswith(STOP[:n])), 0)
 
-def ask(speakers: list[Speaker], history: History, question: str, args: Namespace) -> list[str]:
-    """Prints and returns the answer of each speaker. BadInput before anything is printed where one of them
-    cannot answer."""
-    uniforms = torch.rand(1, args.max_tokens)    # for all speakers: answers differ only where models do
-    streams = [answer(speaker, [*turns_of(history, i), ("Human", question)], args, uniforms)
-               for i, speaker in enumerate(speakers)]
-    names, width = [speaker.name for speaker in speakers], shutil.get_terminal_size().columns
-    if len(speakers) == 2 and width >= WIDE:
-        texts = two_columns(names, streams, width)
-    else:
-        texts = [one_column(name, stream) for name, stream in zip(names, streams, strict=True)]
-    return [text.strip() for text in texts]
+def ask(speakers: list[Speaker], conversations: list[Turns], args: Namespace) -> tuple[list[str], bool]:
+    """Prints and returns the answer of each speaker to its conversation, and whether Ctrl-C has stopped none.
+    BadInput before anything is printed where one of them cannot answer."""
+    # the same numbers for all speakers: answers differ only where models do, except in a vote
+    uniforms = torch.rand(len(speakers) if args.vote else 1, args.max_tokens).expand(len(speakers), -1)
+    streams = [answer(speaker, turns, args, row[None])
+               for speaker, turns, row in zip(speakers, conversations, uniforms, strict=True)]
+    is_one_model = len({id(speaker.model) for speaker in speakers}) == 1
+    return show([speaker.name for speaker in speakers], streams, at_once=not is_one_model)
 
-def turns_of(history: History, i: int) -> list[tuple[str, str]]:
+def reply(speakers: list[Speaker], history: History, question: str, args: Namespace,
+          votes: VoteFile | None) -> list[str]:
+    """Prints the answers to a question, and returns those with which the conversation goes on: each speaker's
+    own, or for all of them the one that won the vote. [] where the question was skipped."""
+    conversations = [[*turns_of(history, i), ("Human", question)] for i in range(len(speakers))]
+    if votes is None:
+        return ask(speakers, conversations, args)[0]
+    winner = vote_on(speakers, conversations[0], args, votes)
+    return [] if winner is None else [winner] * len(speakers)
+
+def turns_of(history: History, i: int) -> Turns:
     """A conversation as turns (role, text) of the human and speaker i."""
     turns = []
     for question, answers in history:
         turns += [("Human", question), ("Assistant", answers[i])]
     return turns
 
-# ------------------------------------------------------------ on the screen
-def one_column(name: str, pieces: Iterable[str]) -> str:
-    """Prints the pieces as they come, and returns their text. Ctrl-C stops the answer, not the program."""
-    text = ""
-    with suppress(KeyboardInterrupt):
-        print(f"{name}: " if name else "", end="", flush=True)
-        for piece in pieces:
-            text += piece
-            print(piece, end="", flush=True)
+# ------------------------------------------------------------ votes
+def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteFile) -> str | None:
+    """Prints two answers without their models' names, asks which one is better, and writes the vote. Returns
+    the better answer, at a tie the left one, or None where there was no vote."""
+    sides = [replace(speakers[i], name=side) for i, side in zip(draw_sides(), "AB", strict=True)]
+    texts, are_whole = ask(sides, [turns, turns], args)
+    if not are_whole:
+        print("[stopped: there is no vote, and the question is forgotten]")
+        return None
+    if texts[0] == texts[1]:
+        print("[both answers are the same: there is no vote]")
+        return texts[0]
+    key = ask_for_vote(Pair(turns, texts, [side.folder for side in sides]), votes, args)
+    print(without_controls(f"[A was {sides[0].folder}, B was {sides[1].folder}]"))
+    return {"a": texts[0], "b": texts[1], "t": texts[0], "s": None}[key]
+
+def vote_on_file(speakers: list[Speaker], args: Namespace, votes: VoteFile):
+    """Votes on answers to the questions of --prompts that the file of --vote does not have yet."""
+    prompts = {record.prompt: record.turns for record in read_records(args.prompts) if record.turns}
+    left = {prompt: turns for prompt, turns in prompts.items() if not votes.was_asked(turns)}
+    print(f"[{len(left)} of {len(prompts)} questions are left; Ctrl-D leaves]")
+    with suppress(EOFError):
+        for n, (prompt, turns) in enumerate(left.items(), 1):
+            print(f"\n[{n} of {len(left)}]  {without_controls(prompt.removesuffix('Assistant:').strip())}\n")
+            try:
+                vote_on(speakers, turns, args, votes)
+            except BadInput as error:
+                print(f"[{error}]")
     print()
-    return text
-
-def two_columns(names: list[str], streams: Iterable[Iterator[str]], width: int) -> list[str]:
-    """one_column for two answers side by side. A row is printed as soon as no later piece can change it."""
-    width = (width - 3) // 2                 # of one column, with " | " between them
-    texts = ["", ""]
-    lines = [[name[-width:], "-" * width, ""] for name in names]   # of each column, those not printed yet
-
-    def print_rows(n):
-        for _ in range(n):
-            left, right = (column.pop(0).rstrip() if column else "" for column in lines)
-            print(f"{left:<{width}} | {right}", flush=True)
-
-    with suppress(KeyboardInterrupt):
-        for pieces in zip_longest(*streams):                       # None from an answer that has ended
-            unfinished = [i for i in (0, 1) if pieces[i] is not None]
-            for i in unfinished:
-                texts[i] += pieces[i]
-                lines[i] += wrap(lines[i].pop() + pieces[i], width)
-            print_rows(min(len(lines[i]) - 1 for i in unfinished))  # the last line may still grow
-    print_rows(max(map(len, lines)))
-    return texts
-
-def wrap(text: str, width: int) -> list[str]:
-    """The lines of a text. Spaces at the end of the text stay, because the next piece may continue the
-    line."""
-    lines = []
-    for paragraph in text.split("\n"):
-        lines += textwrap.wrap(paragraph, width, replace_whitespace=False) or [""]
-    lines[-1] += text[len(text.rstrip(" ")):]
-    return lines
+    print_tally(votes)
 
 # ------------------------------------------------------------ commands
-def run_command(line: str, speakers: list[Speaker], history: History, args: Namespace):
+def run_command(line: str, speakers: list[Speaker], history: History, args: Namespace,
+                votes: VoteFile | None):
     """Does what a line that begins with "/" asks for, and prints what was done. BadInput where it makes no
     sense."""
     name, _, value = line[1:].partition(" ")
@@ -185,6 +184,8 @@ def run_command(line: str, speakers: list[Speaker], history: History, args: Name
         print(__doc__[__doc__.index("    /"):].rstrip())
     elif name == "quit":
         raise EOFError                       # talk leaves, as it does when the input ends
+    elif name == "votes" and votes:
+        print_tally(votes)
     elif name not in ("retry", "undo", "clear", "save"):
         raise BadInput(f"there is no command {line.split()[0]}; /help lists those there are")
     elif not history:
@@ -193,8 +194,11 @@ def run_command(line: str, speakers: list[Speaker], history: History, args: Name
         save(value, speakers, history)
     elif name == "retry":                    # the old answer stays if the question cannot be answered again
         *before, (question, _) = history
-        history[-1] = (question, ask(speakers, before, question, args))
+        if answers := reply(speakers, before, question, args, votes):
+            history[-1] = (question, answers)
     else:
+        if name == "undo" and votes and votes.undo([*turns_of(history[:-1], 0), ("Human", history[-1][0])]):
+            print("[the vote is taken back]")
         del history[0 if name == "clear" else -1:]
         print("[forgotten]")
 
@@ -213,10 +217,8 @@ def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
 def save(file: str, speakers: list[Speaker], history: History):
     """Writes {"model", "messages"} of each speaker as a line for data.py. BadInput where the file exists
     already, or cannot be written."""
-    roles, rows = {"Human": "user", "Assistant": "assistant"}, []
-    for i, speaker in enumerate(speakers):
-        messages = [{"role": roles[role], "content": text} for role, text in turns_of(history, i)]
-        rows.append(json.dumps({"model": speaker.folder, "messages": messages}) + "\n")
+    rows = [json.dumps({"model": speaker.folder, "messages": as_messages(turns_of(history, i))}) + "\n"
+            for i, speaker in enumerate(speakers)]
     try:
         with open(os.path.expanduser(file), "x") as out:
             out.writelines(rows)
@@ -226,20 +228,20 @@ def save(file: str, speakers: list[Speaker], history: History):
     print(f"[saved to {without_controls(file)}]")
 
 # ------------------------------------------------------------ the program
-def talk(speakers: list[Speaker], args: Namespace):
+def talk(speakers: list[Speaker], args: Namespace, votes: VoteFile | None):
     """Reads questions and commands until the input ends."""
-    with suppress(ImportError):
-        import readline  # noqa: F401        # lets input() edit lines, and recall earlier ones
     history = []
     print("[/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves]")
     while True:
         try:
             print()
             line = input("Human: ").strip()  # input() prints it, so that readline knows the prompt's width
+            if votes and line == "u":        # typed after the vote that it is meant for
+                line = "/undo"
             if line.startswith("/"):
-                run_command(line, speakers, history, args)
-            elif line:
-                history.append((line, ask(speakers, history, line, args)))
+                run_command(line, speakers, history, args, votes)
+            elif line and (answers := reply(speakers, history, line, args, votes)):
+                history.append((line, answers))
         except EOFError:
             print()
             return
@@ -258,7 +260,8 @@ def load_speakers(args: Namespace) -> list[Speaker]:
     speakers = []
     for folder, base, tokenizer in zip(folders, bases, tokenizers, strict=True):
         name = folder if args.versus else "Assistant" if args.prompt is None else ""
-        model = load_network(folder, base, tokenizer)
+        is_loaded = speakers and Path(folder).resolve() == Path(speakers[0].folder).resolve()
+        model = speakers[0].model if is_loaded else load_network(folder, base, tokenizer)
         speakers.append(Speaker(without_controls(name), folder, model, tokenizer))
     return speakers
 
@@ -281,16 +284,33 @@ def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
         torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return model
 
+def open_votes(args: Namespace) -> VoteFile | None:
+    """The file of --vote. BadInput where the other flags do not go with it."""
+    if args.prompts and not args.vote:
+        raise BadInput("--prompts has the questions of a vote; give --vote FILE too")
+    if not args.vote:
+        return None
+    if not args.versus or args.prompt is not None:
+        raise BadInput("--vote needs --versus, a second model or the same one again, and no --prompt")
+    if args.temperature == 0 and Path(args.model).resolve() == Path(args.versus).resolve():
+        raise BadInput("--vote: at --temperature 0 a model gives the same answer twice")
+    return VoteFile(args.vote)
+
 def main():
     args = get_args()
+    votes = open_votes(args)
     speakers = load_speakers(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    if args.prompt is None:
-        talk(speakers, args)
+    with suppress(ImportError):
+        import readline  # noqa: F401        # lets input() edit lines, and recall earlier ones
+    if args.prompts:
+        vote_on_file(speakers, args, votes)
+    elif args.prompt is None:
+        talk(speakers, args, votes)
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the program, not only the answer
-        ask(speakers, [], args.prompt, args)
+        ask(speakers, [[("Human", args.prompt)]] * len(speakers), args)
 
 if __name__ == "__main__":
     sys.stdin.reconfigure(errors="replace")

@@ -34,6 +34,7 @@ from runtime.kinds import Turns, check_columns, read_examples
 from runtime.ranks import say
 from runtime.rows import data_sizes
 from runtime.tokenizer_read import JsonTokenizer, choose_tokenizer, read_tokenizer
+from runtime.votes import are_votes
 
 # ------------------------------------------------------------ tokenizer
 class Tokenizer:
@@ -164,8 +165,9 @@ def first_question(record: Record) -> str:
     question = join_system(record.turns)[0][1].strip() if record.turns else ""
     return question or record.chosen or ""
 
-def are_pairs(records: list[Record]) -> bool:
-    return any(record.rejected is not None for record in records)
+def is_for_all_steps(file: str, records: list[Record]) -> bool:
+    """Whether the three steps divide the file: it holds pairs, and not a person's votes, which are few."""
+    return any(record.rejected is not None for record in records) and not are_votes(file)
 
 def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None, seed: int,
                  eval_files: Iterable[str] | None, eval_share: float, tally: Counter,
@@ -176,7 +178,7 @@ def load_records(files: Iterable[str], phase: int, split: Sequence[float] | None
     records = []
     for file in files:
         of_file = read_records(file, tally, columns)
-        is_divided = bool(split) and are_pairs(of_file)
+        is_divided = bool(split) and is_for_all_steps(file, of_file)
         is_one_side = len(of_file) > 1 and len({first_question(record) for record in of_file}) == 1
         if is_one_side and (is_divided or not eval_files):
             tally[f"rows of {file} all begin with the same question, which decides the split: name held-out "
@@ -211,7 +213,7 @@ def check_split(args: Namespace, folders: Iterable[str | Path]) -> None:
             continue
         for path in args.data:
             known = [name for name, size in data_sizes([path]).items() if sizes.get(name) == size]
-            if known and are_pairs(read_records(path, columns=args.columns)):
+            if known and is_for_all_steps(path, read_records(path, columns=args.columns)):
                 raise BadInput(f"--split, --split-seed: {folder} was trained on {known[0]} divided by "
                                f"{named(*theirs)}, this run divides it by {named(*ours)}; rows would "
                                f"be seen by two steps")

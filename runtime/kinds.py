@@ -13,6 +13,7 @@ from pathlib import Path
 
 from runtime.errors import BadInput, note
 from runtime.rows import data_files, read_rows
+from runtime.votes import only_decided
 
 Turns = list[tuple[str, str]]
 Example = tuple[Turns, str | None, str | None]
@@ -564,7 +565,7 @@ def read_examples(path: str | Path, tally: Counter, columns: dict[str, str]) -> 
     whether some hold another template's special tokens. BadInput names the line."""
     examples, read, unused, unread, hint = [], set(), set(), set(), ""
     for file in data_files(path):
-        for where, fields in read_rows(file):
+        for where, fields in only_decided(read_rows(file), tally):
             try:
                 row = Row(renamed(fields, columns), columns)
                 found = row_examples(row, tally)

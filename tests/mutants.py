@@ -192,7 +192,7 @@ FAULTS = [
     data('f"{seed}:{first_question(record)}"', 'f"{first_question(record)}"'),
     data('f"{seed} held out"', "seed"),
     data("split_records(records, sides, 1, other_seed)", "split_records(records, sides, 0, other_seed)"),
-    data("bool(split) and are_pairs(of_file)", "bool(split)"),
+    data("bool(split) and is_for_all_steps(file, of_file)", "bool(split)"),
     data('random.Random(f"{seed} {epoch}")', 'random.Random(f"{seed}")'),
     data("pool = 50 * batch", "pool = len(lengths)"),
     sft("load_rows(args, 0,", "load_rows(args, 1,"),

@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,9 +24,9 @@ import chat
 from conftest import REPO, real, run_script, tiny_config
 from data import Tokenizer, encode_sft, read_records
 from llama import BadInput, Llama
-from lora import add_lora, lora_layers, save_adapter
+from lora import add_lora, load_model, lora_layers, save_adapter
 from reward import RewardModel
-from runtime import flags
+from runtime import flags, screen
 from runtime.tokenizer_write import copy_tokenizer
 from tokenizer_kinds import make
 
@@ -115,10 +116,10 @@ def interrupted(*pieces):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(capsys):
-    assert chat.one_column("Assistant", interrupted("one ", "two")) == "one two"
+    assert screen.one_column("Assistant", interrupted("one ", "two")) == ("one two", False)
     assert capsys.readouterr().out == "Assistant: one two\n"
     streams = interrupted("one ", "two"), iter(["1 ", "2 ", "3 ", "4 "])
-    assert chat.two_columns(["a", "b"], streams, 43) == ["one two", "1 2 "]
+    assert screen.two_columns(["a", "b"], streams, 43) == (["one two", "1 2 "], False)
     assert [row.split() for row in capsys.readouterr().out.splitlines()[2:]] == [
         ["one", "two", "|", "1", "2"]
     ]
@@ -142,7 +143,7 @@ def test_two_columns_lose_and_add_nothing_however_the_pieces_come(seed, capsys):
     cuts = [sorted(rng.randrange(len(text) + 1) for _ in range(60)) for text in texts]
     ends = [zip([0, *cut], [*cut, None], strict=True) for cut in cuts]
     streams = [iter([text[a:b] for a, b in pairs]) for text, pairs in zip(texts, ends, strict=True)]
-    assert chat.two_columns(["runs/ppo", "a/very/long/name/of/runs/sft"], streams, 43) == texts
+    assert screen.two_columns(["runs/ppo", "a/very/long/name/of/runs/sft"], streams, 43) == (texts, True)
     shown = columns(capsys.readouterr().out)
     assert [column[0] for column in shown] == ["runs/ppo", "y/long/name/of/runs/sft"[-20:]]
     for column, text in zip(shown, texts, strict=True):
@@ -153,7 +154,7 @@ def test_two_columns_lose_and_add_nothing_however_the_pieces_come(seed, capsys):
 
 def test_two_columns_keep_lines_and_indentation(capsys):
     code = "def f(x):\n    return x + 1\n\ndone"
-    chat.two_columns(["a", "b"], (iter([code]), iter(code)), 43)  # in one piece, and character by character
+    screen.two_columns(["a", "b"], (iter([code]), iter(code)), 43)  # in one piece, and character by character
     left, right = columns(capsys.readouterr().out)
     assert left[2:] == right[2:] == code.split("\n")
 
@@ -165,14 +166,14 @@ def test_a_row_is_printed_as_soon_as_both_its_columns_are_certain(capsys):
         for i in range(n):
             yield f"{i:09d} "                                      # two fill a line of 20
             shown.append(capsys.readouterr().out.count("\n"))
-    chat.two_columns(["a", "b"], (words(4), words(10)), 43)
+    screen.two_columns(["a", "b"], (words(4), words(10)), 43)
     assert sum(shown) == 2 + 4 and max(shown) == 2                 # the heading, and row by row
     assert capsys.readouterr().out.count("\n") == 1                # the last line, which might have gone on
 
 
 def test_wide_characters_and_accents_do_not_break_two_columns(capsys):
     text = "日本語" * 30 + " 👩\u200d🔬🦙 e\u0301 " * 9
-    assert chat.two_columns(["日本", "b"], (iter(text), iter(["ok"])), 43)[0] == text
+    assert screen.two_columns(["日本", "b"], (iter(text), iter(["ok"])), 43)[0][0] == text
 
 
 # -------------------------------------------------------------------------------------- folders to talk to
@@ -211,9 +212,10 @@ def talk(monkeypatch, capsys):
     collate, ask = chat.collate_prompts, chat.ask
 
     def record(*args):
-        run.said.append(ask(*args))
-        run.answers.append(run.said[-1][0])
-        return run.said[-1]
+        texts, are_whole = ask(*args)
+        run.said.append(texts)
+        run.answers.append(texts[0])
+        return texts, are_whole
 
     def run(*flags, typed=""):
         run.prompts, run.said, run.answers = [], [], []
@@ -450,7 +452,8 @@ def test_a_small_model_runs_on_one_thread(talk, base, monkeypatch):
 
 def test_an_answer_is_kept_without_the_space_around_it(monkeypatch):
     monkeypatch.setattr(chat, "answer", lambda *args: iter(["\n so ", "it is", " \n"]))
-    assert chat.ask([chat.Speaker("", "", None, None)], [], "why", Namespace(max_tokens=1)) == ["so it is"]
+    args = Namespace(max_tokens=1, vote=None)
+    assert chat.ask([chat.Speaker("", "", None, None)], [[]], args) == (["so it is"], True)
 
 
 def test_without_readline_all_but_line_editing_is_there(talk, base, monkeypatch):
@@ -491,14 +494,23 @@ def test_a_question_too_long_for_one_of_two_models_is_asked_of_neither(talk, bas
 
 
 @pytest.mark.parametrize("width", [60, 120])
-def test_two_models_that_are_the_same_say_the_same_even_when_sampled(width, talk, base, monkeypatch):
+def test_two_models_that_are_the_same_say_the_same_even_when_sampled(width, talk, base, tmp_path,
+                                                                     monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     flags = "--model", base, "--seed", 3, "--max-tokens", 12
-    shown = talk(*flags, "--versus", base, typed="why\nand\n")
+    shown = talk(*flags, "--versus", shutil.copytree(base, tmp_path / "copy"), typed="why\nand\n")
     said = talk.said
     assert all(a == b for a, b in said) and said[0] != said[1] and (" | " in shown) == (width == 120)
     talk(*flags, typed="why\nand\n")
     assert talk.answers == [a for a, _ in said]                    # and what the first would say alone
+
+
+def test_a_model_versus_itself_is_loaded_once_and_answers_twice_one_after_the_other(talk, base, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    loaded = []
+    monkeypatch.setattr(chat, "load_model", lambda *args: loaded.append(args) or load_model(*args))
+    shown = talk("--model", base, "--versus", f"{base}/../{base.name}", *SHORT, typed="why\n")
+    assert len(loaded) == 1 and " | " not in shown and talk.said[0][0] == talk.said[0][1]
 
 
 @pytest.mark.parametrize("width, bars", [(99, 0), (100, 1)])

@@ -1,0 +1,90 @@
+"""The terminal of chat.py: answers while they come, one below the other or side by side, and the vote."""
+import shutil
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import zip_longest
+
+from runtime.errors import BadInput
+from runtime.votes import KEYS, Pair, VoteFile, standing_votes, tally
+
+WIDE = 100                                   # characters: a terminal where two answers stand side by side
+
+def show(names: list[str], streams: list[Iterator[str]], at_once: bool) -> tuple[list[str], bool]:
+    """Prints the answers as their pieces come. Two of them, if they may come at once, stand side by side
+    where the terminal is wide. Returns their texts, and whether they are whole: Ctrl-C stops an answer, not
+    the program."""
+    width = shutil.get_terminal_size().columns
+    if at_once and len(names) == 2 and width >= WIDE:
+        texts, are_whole = two_columns(names, streams, width)
+    else:
+        texts, whole = zip(*map(one_column, names, streams), strict=True)
+        are_whole = all(whole)
+    return [text.strip() for text in texts], are_whole
+
+def one_column(name: str, pieces: Iterable[str]) -> tuple[str, bool]:
+    """Prints the pieces as they come, and returns their text, and whether it is whole."""
+    text, is_whole = "", False
+    with suppress(KeyboardInterrupt):
+        print(f"{name}: " if name else "", end="", flush=True)
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+        is_whole = True
+    print()
+    return text, is_whole
+
+def two_columns(names: list[str], streams: Iterable[Iterator[str]], width: int) -> tuple[list[str], bool]:
+    """one_column for two answers side by side. A row is printed as soon as no later piece can change it."""
+    width = (width - 3) // 2                 # of one column, with " | " between them
+    texts, are_whole = ["", ""], False
+    lines = [[name[-width:], "-" * width, ""] for name in names]   # of each column, those not printed yet
+
+    def print_rows(n):
+        for _ in range(n):
+            left, right = (column.pop(0).rstrip() if column else "" for column in lines)
+            print(f"{left:<{width}} | {right}", flush=True)
+
+    with suppress(KeyboardInterrupt):
+        for pieces in zip_longest(*streams):                       # None from an answer that has ended
+            unfinished = [i for i in (0, 1) if pieces[i] is not None]
+            for i in unfinished:
+                texts[i] += pieces[i]
+                lines[i] += wrap(lines[i].pop() + pieces[i], width)
+            print_rows(min(len(lines[i]) - 1 for i in unfinished))  # the last line may still grow
+        are_whole = True
+    print_rows(max(map(len, lines)))
+    return texts, are_whole
+
+def wrap(text: str, width: int) -> list[str]:
+    """The lines of a text. Spaces at the end of the text stay, because the next piece may continue the
+    line."""
+    lines = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(paragraph, width, replace_whitespace=False) or [""]
+    lines[-1] += text[len(text.rstrip(" ")):]
+    return lines
+
+# ------------------------------------------------------------ the vote
+def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> str:
+    """Reads lines until one of them is a vote that could be written, and returns its key."""
+    while True:
+        try:
+            line = input("\nBetter: a, b, t(ie), s(kip)? Or u, to undo the vote before: ").strip().lower()
+            if line in KEYS:
+                votes.add(pair, line, args.temperature, args.seed)
+                return line
+            if line == "u":
+                print("[taken back]" if votes.undo() else "[there is no vote to take back]")
+            elif line == "/votes":
+                print_tally(votes)
+            elif line == "/quit":
+                raise EOFError
+        except KeyboardInterrupt:
+            print("\n[Ctrl-D or /quit leaves]")
+        except BadInput as error:
+            print(f"[{error}]")
+
+def print_tally(votes: VoteFile):
+    print("\n".join(f"[{line}]" for line in tally(standing_votes(votes.path))))
