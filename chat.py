@@ -36,6 +36,7 @@ from torch import Tensor
 from data import Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer, read_records
 from llama import Llama
 from lora import load_model
+from runtime.adapters import base_of_each
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import Flags, number
 from runtime.gpu import gpu_is_usable
@@ -154,16 +155,16 @@ def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteF
     print(without_controls(f"[A was {sides[0].folder}, B was {sides[1].folder}]"))
     return {"a": texts[0], "b": texts[1], "t": texts[0], "s": None}[key]
 
-def vote_on_file(speakers: list[Speaker], args: Namespace, votes: VoteFile):
-    """Votes on answers to the questions of --prompts that the file of --vote does not have yet."""
-    prompts = {record.prompt: record.turns for record in read_records(args.prompts) if record.turns}
-    left = {prompt: turns for prompt, turns in prompts.items() if not votes.was_asked(turns)}
+def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace, votes: VoteFile):
+    """Votes on answers to the prompts that the file of votes does not have yet."""
+    left = [record for record in prompts if not votes.was_asked(record.turns)]
     print(f"[{len(left)} of {len(prompts)} questions are left; Ctrl-D leaves]")
     with suppress(EOFError):
-        for n, (prompt, turns) in enumerate(left.items(), 1):
-            print(f"\n[{n} of {len(left)}]  {without_controls(prompt.removesuffix('Assistant:').strip())}\n")
+        for n, record in enumerate(left, 1):
+            text = record.prompt.removesuffix("Assistant:").strip()
+            print(f"\n[{n} of {len(left)}]  {without_controls(text)}\n")
             try:
-                vote_on(speakers, turns, args, votes)
+                vote_on(speakers, record.turns, args, votes)
             except BadInput as error:
                 print(f"[{error}]")
     print()
@@ -265,12 +266,6 @@ def load_speakers(args: Namespace) -> list[Speaker]:
         speakers.append(Speaker(without_controls(name), folder, model, tokenizer))
     return speakers
 
-def base_of_each(folders: list[str], base: str | None) -> list[str | None]:
-    """--base for every folder that is an adapter, None for the others. Where no folder is an adapter, all get
-    it, and lora.resolve refuses it."""
-    is_adapter = [(Path(folder) / "adapter_config.json").exists() for folder in folders]
-    return [base if adapter or not any(is_adapter) else None for adapter in is_adapter]
-
 def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
     """A model ready to answer, on the GPU where there is one."""
     if gpu_is_usable():
@@ -284,28 +279,30 @@ def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
         torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return model
 
-def open_votes(args: Namespace) -> VoteFile | None:
-    """The file of --vote. BadInput where the other flags do not go with it."""
-    if args.prompts and not args.vote:
-        raise BadInput("--prompts has the questions of a vote; give --vote FILE too")
+def open_votes(args: Namespace) -> tuple[VoteFile | None, list[Record]]:
+    """The file of --vote, and the prompts of --prompts, each once. BadInput where other flags do not go with
+    them."""
     if not args.vote:
-        return None
+        if args.prompts:
+            raise BadInput("--prompts has the questions of a vote; give --vote FILE too")
+        return None, []
     if not args.versus or args.prompt is not None:
         raise BadInput("--vote needs --versus, a second model or the same one again, and no --prompt")
     if args.temperature == 0 and Path(args.model).resolve() == Path(args.versus).resolve():
         raise BadInput("--vote: at --temperature 0 a model gives the same answer twice")
-    return VoteFile(args.vote)
+    records = read_records(args.prompts) if args.prompts else []
+    return VoteFile(args.vote), list({record.prompt: record for record in records if record.turns}.values())
 
 def main():
     args = get_args()
-    votes = open_votes(args)
+    votes, prompts = open_votes(args)
     speakers = load_speakers(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     with suppress(ImportError):
         import readline  # noqa: F401        # lets input() edit lines, and recall earlier ones
     if args.prompts:
-        vote_on_file(speakers, args, votes)
+        vote_on_each(prompts, speakers, args, votes)
     elif args.prompt is None:
         talk(speakers, args, votes)
     else:

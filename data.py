@@ -233,14 +233,15 @@ def load_rows(args: Namespace, phase: int, encode: Callable, tokenizer: Tokenize
     say(f"data: {len(train):,} rows to train on, {len(held_out):,} held out"
         + in_words(tally))
     lost = sum(n for what, n in tally.items() if "dropped" in what or "same question" in what)
+    flag = "--rollout-batch" if hasattr(args, "rollout_batch") else "--batch"
     # where most rows were lost, the tally says why; else the flags may be the reason
-    why = ("" if lost > len(train) else " (see --split, --max-len and the batch)") + in_words(tally)
+    why = ("" if lost > len(train) else " (see --split and --max-len)") + in_words(tally)
     if len(train) < batch:
-        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch of "
-                       f"{batch}{why}")
+        raise BadInput(f"--data: {len(train)} usable rows in this phase, fewer than one batch: {flag} "
+                       f"{batch} has to be smaller, or the rows more{why}")
     if not held_out:
         raise BadInput(f"--eval-data, --eval-share: no usable held-out rows"
-                       f"{in_words(tally) if lost else '; name a file or raise the share'}")
+                       f"{in_words(tally) if lost else '; name a file, or raise the share, as in 0.2'}")
     return train, held_out
 
 # ------------------------------------------------------------ ids that fit

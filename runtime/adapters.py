@@ -67,6 +67,12 @@ def read_adapter_config(path: str | Path) -> dict:
         raise BadInput(f"{file}: is not a LoRA config that makes sense ({why})") from None
     return config
 
+def base_of_each(folders: list[str], base: str | None) -> list[str | None]:
+    """--base for every folder that is an adapter, None for the others. Where no folder is an adapter, all get
+    it, and lora.resolve refuses it."""
+    is_adapter = [(Path(folder) / "adapter_config.json").exists() for folder in folders]
+    return [base if adapter or not any(is_adapter) else None for adapter in is_adapter]
+
 def check_values(config: dict):
     """Raises an error, of one of many types, where a rank, alpha, dropout or list of names is wrong."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

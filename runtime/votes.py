@@ -199,15 +199,14 @@ def habits(votes: list[dict]) -> tuple[tuple[int, int], tuple[int, int]]:
 
 # ------------------------------------------------------------ the models in order
 def bradley_terry(wins: np.ndarray, steps: int = 500) -> np.ndarray:
-    """Strengths (..., M), with mean 0, of M models; wins (..., M, M) says how often the row's model was
-    better than the column's. The chance that i beats j is the sigmoid of strength i minus strength j (Bradley
-    and Terry, 1952), found by Hunter's algorithm (2004). Each model also gets one win and one defeat against
-    a model of mean strength: without them, one that has never lost would be infinitely strong."""
+    """Strengths (..., M) of M models; wins (..., M, M) says how often the row's model was better than the
+    column's. The chance that i beats j is the sigmoid of strength i minus strength j (Bradley and Terry,
+    1952), found by Hunter's algorithm (2004). Each model also gets one win and one defeat against a model of
+    strength 0: without them, one that has never lost would be infinitely strong."""
     games, strengths = wins + wins.swapaxes(-1, -2), np.ones(wins.shape[:-1])
     for _ in range(steps):
         met = (games / (strengths[..., :, None] + strengths[..., None, :])).sum(-1) + 2 / (strengths + 1)
         strengths = (wins.sum(-1) + 1) / met
-        strengths /= np.exp(np.log(strengths).mean(-1, keepdims=True))
     return np.log(strengths)
 
 def ranking(votes: list[dict], resamples: int = 1000) -> list[tuple[str, float, float, float, int]]:

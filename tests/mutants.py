@@ -27,7 +27,7 @@ TIMEOUT = 300                                # seconds: a fault that makes the t
 
 # The test files that matter for a file with a fault; those of all files where it is not named here.
 TESTS = {
-    "data.py": ["test_data.py", "test_tokenizer.py"],
+    "data.py": ["test_data.py", "test_tokenizer.py", "test_votes.py"],
     "llama.py": ["test_llama.py", "test_reward.py"],
     "lora.py": ["test_lora.py", "test_tokenizer.py"],
     "sft.py": ["test_sft.py"],
@@ -42,6 +42,9 @@ TESTS = {
     "runtime/flags.py": ["test_runtime.py"],
     "runtime/kinds.py": ["test_kinds.py", "test_data.py"],
     "runtime/rows.py": ["test_kinds.py", "test_data.py"],
+    "runtime/votes.py": ["test_votes.py"],
+    "runtime/screen.py": ["test_votes.py", "test_chat.py"],
+    "chat.py": ["test_votes.py", "test_chat.py"],
     "runtime/gpu.py": ["test_gpu.py"],
     "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
     "runtime/speed.py": ["test_llama.py"],
@@ -62,8 +65,9 @@ class Fault:
     slow: str = ""
 
 
-llama, lora, data, sft, reward, ppo = (
-    partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo"))
+llama, lora, data, sft, reward, ppo, chat = (
+    partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo", "chat"))
+votes, screen = (partial(Fault, f"runtime/{name}.py") for name in ("votes", "screen"))
 (gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, speed, read, convert,
  write) = (
     partial(Fault, f"runtime/{name}.py")
@@ -419,6 +423,28 @@ FAULTS = [
     memory("c.hidden_size * inputs, 3 * table", "c.hidden_size * inputs, 2 * table"),
     memory("float32(job) * n / job.optimisers", "float32(job) * n"),
     memory("new = 0 if to_cpu and not several else mine", "new = 0 if to_cpu else mine"),
+
+    # votes
+    votes("is_vote(row)}", "is_vote(row) and False}"),
+    votes('{"a": 0, "b": 1}.get(key)', '{"a": 1, "b": 0}.get(key)'),
+    votes("os.ftruncate(file.fileno(), size)", "pass"),
+    votes('b"\\n" * (not ends_with_newline(self.path, size)) + line', "line"),
+    votes("return self.given.pop()", "return self.given[-1]"),
+    votes("sample([0, 1], 2)", "sample([0, 0], 2)"),
+    votes("if name in undone:", "if False:"),
+    votes('row["vote"] in ("t", "s"):', 'row["vote"] in ("t",):'),
+    votes("votes[row[\"id\"]] = where, row", "votes[where] = where, row"),
+    votes("z * z / (4 * n * n)", "z * z / (2 * n * n)"),
+    votes('"t": (0.5, 0.5)', '"t": (1, 0.5)'),
+    votes("strengths = (wins.sum(-1) + 1) / met", "strengths = wins.sum(-1) / met"),
+    data("and not are_votes(file)", ""),
+    chat("if args.vote else 1", "if False else 1"),
+    chat('zip(draw_sides(), "AB", strict=True)', 'zip([0, 1], "AB", strict=True)'),
+    chat("ask(sides, [turns, turns], args)", "ask(speakers, [turns, turns], args)"),
+    chat('{"a": texts[0], "b": texts[1],', '{"a": texts[1], "b": texts[0],'),
+    chat("if not votes.was_asked(record.turns)", "if True"),
+    chat("if texts[0] == texts[1]:", "if False:"),
+    screen("if line in KEYS:", "if line in KEYS and not votes.given:"),
 ]
 
 
