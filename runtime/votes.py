@@ -54,7 +54,11 @@ class VoteFile:
         self.given = []                      # votes of this program, those taken back left out
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("it is no ordinary file")
             self.path.open("a").close()
+            if self.path.open("rb").read(1) not in (b"", b"{"):
+                raise OSError("it does not hold JSON lines, to which a line can be added")
         except (OSError, ValueError) as error:         # ValueError: a null character in the name
             raise BadInput(f"--vote {path}: cannot be written ({error.args[-1]})") from None
         self.asked = {json.dumps(row["prompt"]) for row in read_lines(self.path) if is_vote(row)}

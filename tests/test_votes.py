@@ -1,8 +1,10 @@
 """Votes: the file, the tally, the models in order, chat.py --vote, and reward.py's reading of it."""
+import gzip
 import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -90,6 +92,15 @@ def test_a_file_that_holds_something_else_is_refused_and_stays_as_it_is(text, tm
     assert (tmp_path / "data.jsonl").read_text() == text
 
 
+def test_votes_to_which_no_line_can_be_added_are_refused_and_stay_as_they_are(ballot):
+    row = ballot.add(pair(), "a", 1.0, None)
+    for content in (gzip.compress(ballot.path.read_bytes()), json.dumps([row]).encode()):
+        ballot.path.write_bytes(content)
+        with pytest.raises(BadInput, match="JSON lines"):
+            VoteFile(str(ballot.path))
+        assert ballot.path.read_bytes() == content and len(read_records(ballot.path)) == 1
+
+
 @pytest.mark.parametrize("change", [{"vote": "x"}, {"vote": ["a"]}, {"models": ["one"]}, {"models": "ab"},
                                     {"id": 1}])
 def test_a_damaged_vote_is_refused(change, ballot):
@@ -99,7 +110,7 @@ def test_a_damaged_vote_is_refused(change, ballot):
         VoteFile(str(ballot.path))
 
 
-@pytest.mark.parametrize("path", ["", ".", "a\0b", "/proc/votes.jsonl"])
+@pytest.mark.parametrize("path", ["", ".", "a\0b", "/proc/votes.jsonl", "/dev/null"])
 def test_a_file_that_cannot_be_written_is_refused_at_once(path):
     with pytest.raises(BadInput, match="--vote"):
         VoteFile(path)
@@ -332,7 +343,6 @@ def test_a_skipped_question_is_forgotten(vote, talk):
 
 
 def test_the_same_answers_are_not_offered(vote, talk, base, tmp_path):
-    import shutil
     copy = shutil.copytree(base, tmp_path / "copy")
     shown = vote("why\nand\n", "--temperature", 0, other=copy)
     assert shown.count("there is no vote]") == 2 and not vote.file.read_text()
