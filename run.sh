@@ -36,13 +36,16 @@ train() {  # train SCRIPT: runs a step of the demo, and says what came out of it
     .venv/bin/python -m toy.show "$1"
 }
 
-demo() {  # the whole recipe
-    # a free port, so that the demo runs beside another training
-    port=$(.venv/bin/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+settings() {  # of what trains here
     # threads that wait for each other sleep; by default they spin, and beside other programs that costs minutes
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
     # where there is no GPU, DeepSpeed warns again and again unless it is told to use the CPU
     [ -n "$(ls -d /dev/nvidia* /dev/kfd /dev/dxg 2>/dev/null)" ] || export DS_ACCELERATOR=cpu
+}
+
+demo() {  # the whole recipe
+    # a free port, so that the demo runs beside another training
+    port=$(.venv/bin/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
     tell "The recipe of RLHF on a tiny world. Steps 0 to 5 take about five minutes on two
 CPU cores.
@@ -90,7 +93,13 @@ python chat.py after source .venv/bin/activate."
 case "${1:-}" in
     demo)
         environment requirements.txt
+        settings
         demo ;;
+    vote)
+        environment requirements.txt
+        settings
+        shift
+        show python -m toy.vote "$@" ;;
     hacking)
         environment requirements.txt
         [ -d toy/made ] || show python -m toy
@@ -120,6 +129,9 @@ case "${1:-}" in
         for script in generate sft_step ppo_step; do show python "bench/$script.py"; done ;;
     *)
         echo "usage: ./run.sh demo     the whole recipe on a tiny world, in minutes"
+        echo "       ./run.sh vote     the human in RLHF: you vote on pairs of answers, the"
+        echo "                         reward model learns your taste, and PPO follows;"
+        echo "                         --as sure or --as curt: a rule votes in your place"
         echo "       ./run.sh test     all tests, with pytest's options; -m 'not slow' leaves"
         echo "                         out those that train or start the launcher"
         echo "       ./run.sh hacking  PPO with and without the KL term against a poor reward"

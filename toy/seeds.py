@@ -21,15 +21,19 @@ LORA = {"sft": f"{ADAPTER} --lr 1e-3",
 RUNS = Path("runs/seeds")
 HEADER = ("seed", "weights", "SFT gold", "reward accuracy", "RLHF gold", "KL, nats")
 
-def step(script: str, seed: int, runs: Path, **flags) -> list[dict]:
-    """Runs a script with the toy's flags and these, and returns the lines of its metrics.jsonl. The output
-    goes to runs/SCRIPT.log. BadInput where the script fails."""
+def command(script: str, seed: int, runs: Path, **flags) -> list[str]:
+    """The words that start a script with the toy's flags and these. It writes to runs/SCRIPT."""
     with socket.socket() as free:            # a port of its own, so that two of these run side by side
         free.bind(("", 0))
         port = free.getsockname()[1]
-    words = ["deepspeed", "--master_port", str(port), f"{script}.py", f"@toy/{script}.args",
+    words = ["deepspeed", "--quiet", "--master_port", str(port), f"{script}.py", f"@toy/{script}.args",
              "--seed", str(seed), "--out", str(runs / script)]
-    words += [x for name, value in flags.items() for x in (f"--{name}", str(value))]
+    return words + [x for name, value in flags.items() for x in (f"--{name}", str(value))]
+
+def step(script: str, seed: int, runs: Path, **flags) -> list[dict]:
+    """Runs a script with the toy's flags and these, and returns the lines of its metrics.jsonl. The output
+    goes to runs/SCRIPT.log. BadInput where the script fails."""
+    words = command(script, seed, runs, **flags)
     words += LORA[script].split() if runs.name == "lora" else []
     with open(runs / f"{script}.log", "w") as log:
         status = subprocess.run(words, stdout=log, stderr=log)

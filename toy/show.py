@@ -65,9 +65,13 @@ def paragraph(text: str) -> str:
 def base_answers(prompts: list[str]) -> list[str]:
     """Answers of the base model, which has read questions and answers but has never seen the template."""
     check_toy("toy/made/base")
-    tokenizer, model = Tokenizer(MADE / "base"), Llama.from_pretrained(MADE / "base")
+    return sampled(MADE / "base", prompts, seed=0)
+
+def sampled(folder: str | Path, prompts: list[str], seed: int) -> list[str]:
+    """An answer of a model to each prompt, at temperature 1."""
+    tokenizer, model = Tokenizer(folder), Llama.from_pretrained(folder)
     ids, mask = collate_prompts([[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     answers, answer_mask = model.generate(ids, mask, 24, eos_id=tokenizer.eos_ids)
     return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(answers, answer_mask, strict=True)]
 
