@@ -52,6 +52,7 @@ TESTS = {
     **{f"bench/gpu{part}.py": ["test_gpu_script.py"]
        for part in ("", "_tools", "_correct", "_memory", "_speed")},
     "bench/memory.py": ["test_memory.py", "test_clusters.py"],
+    **{f"toy/{name}.py": ["test_vote_lesson.py"] for name in ("rules", "vote", "how_many")},
 }
 
 
@@ -74,6 +75,7 @@ votes, screen = (partial(Fault, f"runtime/{name}.py") for name in ("votes", "scr
     for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
                  "checkpoint", "speed", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 memory = partial(Fault, "bench/memory.py")
+rules, vote = (partial(Fault, f"toy/{name}.py") for name in ("rules", "vote"))
 
 on_gpu, tools, correct, peaks, speed_of = (
     partial(Fault, f"bench/gpu{part}.py") for part in ("", "_tools", "_correct", "_memory", "_speed"))
@@ -445,6 +447,16 @@ FAULTS = [
     chat("if not votes.was_asked(record.turns)", "if True"),
     chat("if texts[0] == texts[1]:", "if False:"),
     screen("if line in KEYS:", "if line in KEYS and not votes.given:"),
+    rules('"a" if values[0] > values[1]', '"a" if values[0] < values[1]'),
+    rules("decided + (key != \"t\")", "decided + 1"),
+    rules("if (left := left.strip()) == (right := right.strip()):", "if left == right:"),
+    rules("if decided == before:", "if False:"),
+    vote("SEED)[:n]", "SEED + n)[:n]"),
+    vote("if last_asked(votes, questions) < n:", "if True:"),
+    vote("votes[4::5]", "votes[::5]"),
+    vote("* (chosen != rejected)", ""),
+    vote("SFT if alone else REWARD", "SFT"),
+    vote("except KeyboardInterrupt as error:", "except ZeroDivisionError as error:"),
 ]
 
 

@@ -175,7 +175,10 @@ def test_the_lesson_makes_what_is_missing_and_then_trains_on_the_votes(monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy.vote, "MADE", Path("toy/made"))
     *missing, reward, ppo = lesson(monkeypatch, "--as", "sure", "--votes", "20")
-    assert missing == ["python -m toy", "deepspeed --quiet sft.py", "deepspeed --quiet reward.py"]
+    made, *trained = missing
+    assert made == "python -m toy" and len(trained) == 2
+    for script, words in zip(("sft", "reward"), trained, strict=True):
+        assert words.endswith(f" {script}.py @toy/{script}.args --seed 1234 --out runs/toy/{script}")
     folder = "runs/toy/vote/sure"
     assert re.fullmatch(f"deepspeed --quiet --master_port \\d+ reward.py @toy/reward.args --seed 1234 "
                         f"--out {folder}/reward --model runs/toy/reward --data {folder}/learn.jsonl "
@@ -199,7 +202,7 @@ def test_alone_needs_no_reward_model_and_starts_from_the_sft_model(monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy.vote, "MADE", Path("toy/made"))
     *missing, reward, ppo = lesson(monkeypatch, "--as", "curt", "--alone")
-    assert missing == ["python -m toy", "deepspeed --quiet sft.py"] and "--model runs/toy/sft " in reward
+    assert len(missing) == 2 and "--model runs/toy/sft " in reward
     assert "does not know yet" in capsys.readouterr().out
     assert (Path("runs/toy/vote/curt/votes.jsonl")).read_text() == "curt 50 prompts.jsonl"
 
@@ -224,10 +227,13 @@ def test_a_command_that_fails_stops_the_lesson(capfd):
 
 
 def test_ctrl_c_is_left_to_the_command(capfd):
-    command = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(1.5); print('on')"
+    command = "import time; time.sleep(1.5); print('on')"          # this Ctrl-C does not reach it
     threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT]).start()
     toy.vote.show(["python", "-c", command])
     assert "\non\n  (" in capfd.readouterr().out
+    threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        toy.vote.show(["python", "-c", command + "; exit(130)"])
 
 
 def test_the_front_door_hands_its_words_on(tmp_path):
@@ -278,8 +284,8 @@ def trained(tmp_path):
 
 def test_what_the_votes_say_about_a_taste(trained):
     said = toy.vote.taste(trained)
-    assert "true reward (gold) was chosen in 2 of 4 (50 %;" in said
-    assert "The left one was chosen in 4 of 6" in said and "the longer one in 3 of 5" in said
+    assert "higher true reward was chosen in 2 of 4 (50 %;" in said
+    assert "The left answer was chosen in 4 of 6" in said and "the longer one in 3 of 5" in said
 
 
 def test_the_agreement_is_told_in_votes(trained):
@@ -293,7 +299,7 @@ def test_the_page_shows_answers_and_numbers_before_and_after_ppo(trained, capsys
     france = said[said.index("capital of France?"):].splitlines()[1:3]
     assert [" ".join(line.split()) for line in france] == ["before [0.0] Go away.", f"after [1.0] {SURE}"]
     numbers = [line.split()[-2:] for line in said.splitlines() if re.search(r"\d\.\d\d +-?\d+\.\d\d$", line)]
-    assert " ".join(sum(numbers, [])) == "0.00 1.00 -0.10 2.20 0.44 0.65 6.90 12.00 0.00 3.50"
+    assert " ".join(sum(numbers, [])) == "0.40 0.90 0.00 1.00 -0.10 2.20 0.44 0.65 6.90 12.00 0.00 3.50"
     toy.vote.compare(trained, None)
     assert "share of answers" in said and "share of answers" not in capsys.readouterr().out
 

@@ -73,33 +73,34 @@ def get_args() -> Namespace:
 # ------------------------------------------------------------ commands
 def tell(text: str):
     """Prints what the next step is, or what came out of one: a line, and below it a paragraph."""
-    title, _, rest = text.partition("\n")
-    print("\n" + "\n".join(map(paragraph, filter(None, (title, rest)))) + "\n", flush=True)
+    lines = [paragraph(" ".join(part.split())) for part in text.split("\n", 1)]
+    print("", *lines, "", sep="\n", flush=True)
 
 def show(words: list[str]):
     """Prints a command, runs it, and prints how long it took. BadInput where it fails."""
     print("+ " + shlex.join(words), flush=True)
-    start = time.monotonic()
+    start, stopped = time.monotonic(), None
     process = subprocess.Popen([sys.executable if words[0] == "python" else words[0], *words[1:]])
     while process.poll() is None:
         try:
             process.wait()
-        except KeyboardInterrupt:
-            continue                         # the command has got the Ctrl-C too, and decides
+        except KeyboardInterrupt as error:   # the command has got the Ctrl-C too; it may stop an answer only
+            stopped = error
     if process.returncode:
-        raise BadInput(f"{shlex.join(words)}: failed with exit status {process.returncode}")
+        raise stopped or BadInput(f"{shlex.join(words)}: failed with exit status {process.returncode}")
     print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
 
 def make_missing(alone: bool):
     """Runs the steps of the demo that the lesson needs and that have not been run yet."""
-    steps = [(MADE, ["python", "-m", "toy"], "the toy's world and its base model (a minute and a half)"),
-             (SFT / "model.safetensors", ["deepspeed", "--quiet", "sft.py"], "the SFT model (half a minute)"),
-             (REWARD / "reward_stats.json", ["deepspeed", "--quiet", "reward.py"],
-              "the demo's reward model (two minutes)")]
-    for path, words, what in steps[:2 if alone else 3]:
-        if not path.exists():
-            tell(f"Not there yet, and made once: {what}")
-            show(words)
+    if not MADE.exists():
+        tell("The toy's world and its base model are made first, once (a minute and a half).")
+        show(["python", "-m", "toy"])
+    if not (SFT / "model.safetensors").exists():
+        tell("The demo's SFT model is trained first, once (half a minute).")
+        show(command("sft", SEED, SFT.parent))
+    if not (alone or (REWARD / "reward_stats.json").exists()):
+        tell("The demo's reward model is trained first, once (two minutes).")
+        show(command("reward", SEED, REWARD.parent))
 
 # ------------------------------------------------------------ 1. the votes
 def person_votes(n: int, folder: Path) -> bool:
@@ -172,9 +173,9 @@ def taste(folder: Path) -> str:
             chosen, rejected = (gold(question, vote[side]) for side in ("chosen", "rejected"))
             unequal += [chosen > rejected] * (chosen != rejected)
     left, longer = habits(votes)
-    return (f"Of the two answers of a vote, the one with the higher true reward (gold) was chosen in "
-            f"{in_share(sum(unequal), len(unequal))}. The left one was chosen in {in_share(*left)}, the "
-            f"longer one in {in_share(*longer)}.")
+    return (f"In the votes on answers with different true rewards (gold), the one with the higher true "
+            f"reward was chosen in {in_share(sum(unequal), len(unequal))}. The left answer was chosen in "
+            f"{in_share(*left)}, the longer one in {in_share(*longer)}. A reward model learns such habits.")
 
 def agreement(folder: Path) -> tuple[int, int, int]:
     """In how many held-out votes the chosen answer has the higher score before training and after it, and the
@@ -201,14 +202,16 @@ def measured(folder: Path, rule: str | None) -> list[tuple[str, float, float]]:
 
 def compare(folder: Path, rule: str | None):
     """Prints answers before and after PPO, what was measured on all of them, and the taste of the voter."""
+    agreed_before, agreed_after, n = agreement(folder)
     before, after = answers(folder)
     for i in chosen_rows([row["prompt"] for row in before]):
         both = {"before": before[i]["response"], "after": after[i]["response"]}
         print(side_by_side(question_of(before[i]["prompt"]), both), end="\n\n")
-    print(f"{'mean over answers to held-out questions':62} before   after")
-    for what, *numbers in measured(folder, rule):
+    rows = [(f"agreement of the reward model with {n} held-out votes", agreed_before / n, agreed_after / n)]
+    print(f"{'measured on held-out questions':62} before   after")
+    for what, *numbers in rows + measured(folder, rule):
         print(f"{what:61} {numbers[0]:7.2f} {numbers[1]:7.2f}")
-    print("\n" + paragraph(taste(folder)))
+    tell(taste(folder))
 
 # ------------------------------------------------------------ the lesson
 def main():
