@@ -52,7 +52,7 @@ TESTS = {
     **{f"bench/gpu{part}.py": ["test_gpu_script.py"]
        for part in ("", "_tools", "_correct", "_memory", "_speed")},
     "bench/memory.py": ["test_memory.py", "test_clusters.py"],
-    **{f"toy/{name}.py": ["test_vote_lesson.py"] for name in ("rules", "vote", "how_many")},
+    **{f"toy/{name}.py": ["test_vote_lesson.py"] for name in ("rules", "vote")},
 }
 
 

@@ -14,6 +14,7 @@ The demo's reward model already knows right answers from wrong ones, which 50 vo
 trained further on the votes alone: among its own 9,060 pairs, 50 votes would have next to no weight.
 """
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -25,16 +26,15 @@ from pathlib import Path
 from runtime.errors import BadInput, exit_with_one_line
 from runtime.flags import Flags, number
 from runtime.votes import VoteFile, habits, in_share, standing_votes
-from toy import MADE
+from toy import MADE, world
 from toy.gold import FACT_OF, gold, question_of
 from toy.rules import HOPES, RULES, share_of_hoped, shuffled_questions, vote_by_rule
 from toy.seeds import command
 from toy.show import before_and_after, chosen_rows, paragraph, side_by_side
-from toy.world import FACTS, questions
 
 SFT, REWARD, RUNS = Path("runs/toy/sft"), Path("runs/toy/reward"), Path("runs/toy/vote")
 SEED = 1234
-MOST = sum(len(questions(fact)) for fact in FACTS)                 # so many questions are trained on
+MOST = sum(len(world.questions(fact)) for fact in world.FACTS)     # as many questions as are trained on
 FEWEST = 10                                  # votes for one of two answers from which something is learned
 HELD_OUT = 100                               # votes of a rule on held-out questions
 
@@ -80,7 +80,8 @@ def show(words: list[str]):
     """Prints a command, runs it, and prints how long it took. BadInput where it fails."""
     print("+ " + shlex.join(words), flush=True)
     start, stopped = time.monotonic(), None
-    process = subprocess.Popen([sys.executable if words[0] == "python" else words[0], *words[1:]])
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"         # of this environment
+    process = subprocess.Popen(words, env={**os.environ, "PATH": programs})
     while process.poll() is None:
         try:
             process.wait()
@@ -173,7 +174,7 @@ def taste(folder: Path) -> str:
             chosen, rejected = (gold(question, vote[side]) for side in ("chosen", "rejected"))
             unequal += [chosen > rejected] * (chosen != rejected)
     left, longer = habits(votes)
-    return (f"In the votes on answers with different true rewards (gold), the one with the higher true "
+    return ("In the votes on answers with different true rewards (gold), the one with the higher true "
             f"reward was chosen in {in_share(sum(unequal), len(unequal))}. The left answer was chosen in "
             f"{in_share(*left)}, the longer one in {in_share(*longer)}. A reward model learns such habits.")
 
