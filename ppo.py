@@ -17,7 +17,6 @@ asynchronous rollouts.
     deepspeed ppo.py --actor runs/sft --reward runs/rm --data prompts.jsonl --out runs/ppo
     deepspeed ppo.py                                                          # the toy: flags of toy/ppo.args
 """
-import json
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -57,7 +56,7 @@ from runtime.engine import (
 )
 from runtime.errors import BadInput
 from runtime.flags import Flags, accumulation_steps, add_trainer_flags, load_function, number, positive
-from runtime.folders import check_out, find_tensors, read_json, writing
+from runtime.folders import check_out, find_tensors, read_json
 from runtime.log import Log
 from runtime.ranks import fail_together, gather, max_over_ranks, run, say, setup, sum_over_ranks
 from sft import n_labels, rows_loss
@@ -555,14 +554,6 @@ def answer_held_out(roles: dict[str, Role], prompts: list[list[int]], args: Name
         means["gold"] = sum(sample["gold"] for sample in samples) / len(samples)
     return samples, means
 
-def write_samples(out: str, step: int, samples: list[dict]):
-    """Appends the samples to OUT/samples.jsonl, and shows the first."""
-    if dist.get_rank() == 0:
-        with writing(out), open(Path(out) / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-    first = samples[0]
-    say(f"{first['prompt']} {first['response']}\n[score {first['score']:.2f}, kl {first['kl']:.2f}]")
-
 def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path, average: dict[str, Tensor],
                 weights: dict[str, nn.Parameter]):
     """Writes the actor to OUT, and if asked for, the critic to OUT/critic and the average to OUT/ema."""
@@ -721,7 +712,7 @@ def main():
         with state.evaluation(step, log):    # if a signal stops it, the resumed run does it first
             stats = stats or measure_stats(roles, train, args, tokenizer)
             samples, means = answer_held_out(roles, inputs.held_out, args, tokenizer, stats, inputs.gold)
-            write_samples(args.out, step, samples)
+            log.samples(step, samples)
             log.line(step=step, **means)
 
     if state.evaluation_due:                 # always in a new run

@@ -37,7 +37,7 @@ from runtime.speed import give_back_memory, keep_memory
 # Entries of args.json that may change between a run and its --resume: they change no step.
 MAY_CHANGE = {"out", "overwrite", "resume", "save_every", "timeout", "log_every", "eval_every", "local_rank",
               "micro_batch", "gen_batch", "checkpointing", "zero_stage", "offload", "world_size", "versions",
-              "finished", "data_sizes", "inputs_modified"}         # older runs have the last one
+              "finished", "data_sizes", "track", "inputs_modified"}          # older runs have the last one
 MINUTES = 15                                 # between checkpoints, where --save-every is not given
 SKIPPED = 5                                  # updates in a row whose gradient is not finite end the run
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime.errors import BadInput
+from runtime.trackers import tracker
 
 PROJECT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -162,6 +163,8 @@ def add_trainer_flags(flags: Flags):
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--save-every", type=positive, help="steps between checkpoints; by default one every 15 minutes")
     add("--seed", type=int, default=1234, help="of the order, of new weights and of samples")
+    add("--track", type=tracker, metavar="NAME",
+        help="record metrics and samples with tensorboard or wandb too; wandb stays offline by default")
     add = flags.group("engine")
     add("--warmup", type=number(0, 1), default=0.03, help="share of steps in which the rate rises")
     add("--weight-decay", type=number(0), default=0.1, help="of matrices; norms and biases get none")

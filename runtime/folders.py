@@ -203,8 +203,8 @@ def fingerprint(file: Path, sync: bool = False) -> list:
 
 # ------------------------------------------------------------ the OUT/ folder of a run
 FILES = ["args.json", "config.json", "generation_config.json", "adapter_config.json", "metrics.jsonl",
-         "samples.jsonl", "reward_stats.json", "curves.png"]
-FOLDERS = ["critic", "ema", "checkpoints"]
+         "samples.jsonl", "reward_stats.json", "curves.png", "wandb/run-id"]
+FOLDERS = ["critic", "ema", "checkpoints", "tensorboard"]          # wandb/ may hold runs of other programs
 
 def check_out(args: Namespace, *inputs: Path | None):
     """BadInput where --out is a folder that the run reads (`inputs`), or holds another run; before any
@@ -214,7 +214,7 @@ def check_out(args: Namespace, *inputs: Path | None):
         raise BadInput(f"--out {args.out}: is a folder that this run reads; choose another")
     if dist.get_rank():                      # another machine's own disk may hold nothing but checkpoints
         return
-    there = [name for name in [*FILES, "checkpoints"] if (Path(args.out) / name).exists()]
+    there = [name for name in [*FILES, "checkpoints", "tensorboard"] if (Path(args.out) / name).exists()]
     if there and args.resume and "args.json" not in there:
         raise BadInput(f"--out {args.out}: holds {there[0]}, but no run to resume; choose another folder, or "
                        f"--overwrite it without --resume")

@@ -1,4 +1,5 @@
-"""The record of a run: metrics.jsonl, curves.png and what a person sees while it runs; rank 0 alone.
+"""The record of a run: metrics.jsonl, samples.jsonl, curves.png, and what a person sees while it runs; rank 0
+alone.
 
 On a terminal there are a progress bar with the live numbers and a line per evaluation; elsewhere a line per
 logged step.
@@ -16,7 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import BadInput
+from runtime.folders import writing
 from runtime.ranks import say
+from runtime.trackers import Tracker
 
 SECONDS_BETWEEN_CURVES = 60
 
@@ -29,6 +32,7 @@ class Log:
         self.file = None if rank else (self.out / "metrics.jsonl").open("a")
         # disable=None: the bar is only on a terminal
         self.bar = tqdm(total=steps, initial=start, disable=rank > 0 or None, dynamic_ncols=True, unit="step")
+        self.tracker = Tracker(args, rank, start)
         self.tokens, self.seconds, self.warned = 0, 0.0, set()
         self.drawn = time.perf_counter()
         self.restart_clock()
@@ -61,6 +65,15 @@ class Log:
         say(in_words(metrics))
         self.restart_clock()
 
+    def samples(self, step: int, samples: list[dict]):
+        """Appends what the model has answered to held-out prompts to samples.jsonl, and prints the first."""
+        if self.file:
+            with writing(self.out), open(self.out / "samples.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+            self.tracker.samples(step, samples)
+        first = samples[0]
+        say(f"{first['prompt']} {first['response']}\n[score {first['score']:.2f}, kl {first['kl']:.2f}]")
+
     def write(self, metrics):
         """Appends a line to metrics.jsonl; BadInput on a full disk, or where the folder has vanished."""
         if self.file is None:
@@ -74,6 +87,7 @@ class Log:
             print(json.dumps(finite), file=self.file, flush=True)
         except OSError as error:
             raise BadInput(f"{self.out / 'metrics.jsonl'}: cannot be written ({error.strerror})") from None
+        self.tracker.metrics(metrics)
         if time.perf_counter() - self.drawn > SECONDS_BETWEEN_CURVES:
             with suppress(OSError, ImportError):
                 self.draw()
@@ -114,6 +128,7 @@ class Log:
     def close(self):
         """The last act of a run. A full disk or a missing matplotlib costs the picture, not the run."""
         self.bar.close()
+        self.tracker.close()
         if self.file:
             self.file.close()
             try:

@@ -48,6 +48,7 @@ TESTS = {
     "runtime/gpu.py": ["test_gpu.py"],
     "runtime/ranks.py": ["test_runtime.py", "test_gpu.py"],
     "runtime/speed.py": ["test_llama.py"],
+    "runtime/trackers.py": ["test_trackers.py"],
     **{f"runtime/tokenizer_{part}.py": ["test_tokenizer.py"] for part in ("read", "convert", "write")},
     **{f"bench/gpu{part}.py": ["test_gpu_script.py"]
        for part in ("", "_tools", "_correct", "_memory", "_speed")},
@@ -69,11 +70,11 @@ class Fault:
 llama, lora, data, sft, reward, ppo, chat = (
     partial(Fault, f"{name}.py") for name in ("llama", "lora", "data", "sft", "reward", "ppo", "chat"))
 votes, screen = (partial(Fault, f"runtime/{name}.py") for name in ("votes", "screen"))
-(gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, speed, read, convert,
- write) = (
+(gpu, patterns, foreign, folders, adapters, kinds, rows, ranks, engine, checkpoint, speed, trackers, read,
+ convert, write) = (
     partial(Fault, f"runtime/{name}.py")
     for name in ("gpu", "patterns", "foreign", "folders", "adapters", "kinds", "rows", "ranks", "engine",
-                 "checkpoint", "speed", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
+                 "checkpoint", "speed", "trackers", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 memory = partial(Fault, "bench/memory.py")
 rules, vote = (partial(Fault, f"toy/{name}.py") for name in ("rules", "vote"))
 
@@ -457,6 +458,24 @@ FAULTS = [
     vote("* (chosen != rejected)", ""),
     vote("SFT if alone else REWARD", "SFT"),
     vote("except KeyboardInterrupt as error:", "except ZeroDivisionError as error:"),
+
+    # trackers: what they get, of a resumed run, where they fail
+    checkpoint('"track", ', ""),
+    trackers("self.add(start + 1,", "self.add(start + 2,"),
+    trackers("if start:", "if False:"),
+    trackers("if self.name and rank == 0:", "if self.name:"),
+    trackers("if self.inner and not self.inner.file.exists():", "if False:"),
+    trackers("                broken.close()", "                pass"),
+    trackers('if name != "step"}', '}'),
+    trackers(r"[<>&|`*_\[\]\\]", r"[<>&|`*_\\]"),
+    trackers("without_controls(x).strip()", "x.strip()"),
+    trackers('if "mode" not in own.model_fields_set:', "if False:"),
+    trackers('if "mode" not in own.model_fields_set:', "if True:"),
+    trackers('"WANDB_DISABLE_GIT": "true", ', ""),
+    trackers('"WANDB_CONSOLE": "off", ', ""),
+    trackers("id=self.file.read_text() if self.file.exists() else None", "id=None"),
+    trackers("if step >= self.first:", "if step > self.first:"),
+    trackers('"wandb": "wandb.sdk"', '"wandb": "wandb"'),
 ]
 
 

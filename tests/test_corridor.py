@@ -13,10 +13,11 @@ from conftest import REPO
 
 SEVEN = ["llama", "lora", "data", "sft", "reward", "ppo", "chat"]
 CELLAR = ["errors", "gpu", "speed", "patterns", "foreign", "folders", "adapters", "tokenizer_read",
-          "tokenizer_convert", "tokenizer_write", "rows", "votes", "screen", "kinds", "flags", "ranks",
-          "engine", "log", "checkpoint"]
+          "tokenizer_convert", "tokenizer_write", "rows", "votes", "screen", "kinds", "trackers", "flags",
+          "ranks", "engine", "log", "checkpoint"]
 ALLOWED = {**{name: SEVEN[:i] for i, name in enumerate(SEVEN)}, "chat": SEVEN[:3]}
-LATE = {"deepspeed", "matplotlib", "pyarrow", "tokenizers"}        # only inside the functions that use them
+# only inside the functions that use them
+LATE = {"deepspeed", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "wandb"}
 
 
 def imported(nodes):

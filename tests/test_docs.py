@@ -13,10 +13,10 @@ REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 # [text](target), where text may hold `code`, but no brackets
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
-# flags of the deepspeed launcher, of hf, of Slurm, of pip
+# flags of the deepspeed launcher, of hf, of Slurm, of pip, of TensorBoard
 FOREIGN = {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
            "--repo-type", "--local-dir", "--nodes", "--ntasks-per-node", "--gpus-per-node",
-           "--cpus-per-task", "--mem", "--time", "--signal", "--index-url"}
+           "--cpus-per-task", "--mem", "--time", "--signal", "--index-url", "--logdir"}
 
 
 def lines_of(source: str) -> dict[str, int]:

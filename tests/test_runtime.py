@@ -258,6 +258,16 @@ def test_a_flag_that_an_older_checkpoint_did_not_know_counts_as_its_default(pars
     assert Run.changed_flags(here, old) == {"log_every": "log_every 1 -> 7"}
 
 
+def test_a_resumed_run_may_have_another_tracker_or_none(parsed):
+    args = parsed(sft, SFT)
+    now = {name: value for name, value in vars(args).items() if name != "defaults"}
+    here = SimpleNamespace(args=args, out="o", flags=now)
+    assert Run.changed_flags(here, {**now, "track": "wandb"}) == {"track": "track 'wandb' -> None"}
+    here.flags = {**now, "track": "tensorboard"}
+    del now["track"]                         # of a run that did not know the flag
+    assert Run.changed_flags(here, now) == {"track": "track None -> 'tensorboard'"}
+
+
 # -------------------------------------------------------------------------------------------- what is printed
 def test_no_text_of_a_file_or_a_model_can_take_over_the_terminal(capsys):
     assert str(BadInput(f"{HOSTILE}\nsecond")) == "a[2Jb31mcde second"
