@@ -17,6 +17,7 @@ import toy.how_many
 import toy.rules
 import toy.vote
 from conftest import REPO
+from mutants import copy_project
 from runtime.errors import BadInput, exit_with_one_line
 from runtime.votes import Pair, VoteFile, standing_votes
 from toy.rules import key_of, share_of_hoped, shuffled_questions, vote_by_rule
@@ -330,27 +331,32 @@ def test_the_table_has_a_line_before_the_votes_and_one_for_each_number_of_them(t
 # ------------------------------------------------------------------------------ all of it
 @pytest.mark.slow
 def test_the_lesson_from_end_to_end_by_a_rule_on_a_small_world(monkeypatch, tmp_path):
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("runtime", "toy", *(file.name for file in REPO.glob("*.py"))):
-        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
-        copy(REPO / name, project / name, **{"ignore": shutil.ignore_patterns("made", "__pycache__")}
-             if copy is shutil.copytree else {})
-    for file in ("run.sh", "requirements.txt"):
-        shutil.copy(REPO / file, project)
+    project = copy_project(tmp_path)
     python = Path(sys.executable)
     install(project, python=f'#!/bin/sh\nexec {python} "$@"\n',
             deepspeed=f'#!/bin/sh\nexec {python.parent / "deepspeed"} "$@"\n')
     monkeypatch.setattr(toy.base, "STEPS", 150)                    # it learns the words, and few facts
     toy.make(made=project / "toy" / "made")
-    for name, flags in {"sft": "--epochs 1", "ppo": "--steps 12 --eval-prompts 64 --kl-coef 0"}.items():
-        with open(project / "toy" / f"{name}.args", "a") as file:
-            file.write(flags + "\n")
-    done = subprocess.run(["bash", project / "run.sh", "vote", "--as", "sure", "--votes", "20", "--alone"],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    agreed = re.search(r"and after it with\s+(\d+) of 100", done.stdout)
+    for name, old, new in [("sft.args", "epochs 2", "epochs 1"), ("vote.py", '"steps": 60', '"steps": 15'),
+                           ("ppo.args", "prompts 1000", "prompts 64")]:
+        text = (project / "toy" / name).read_text()
+        assert text.count(old) == 1
+        (project / "toy" / name).write_text(text.replace(old, new))
+
+    def vote(*words, typed=""):
+        done = subprocess.run(["bash", project / "run.sh", "vote", "--alone", *words], input=typed, text=True,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    said = vote("--as", "sure", "--votes", "20")
+    agreed = re.search(r"and after it\s+with\s+(\d+)\s+of\s+100", said)
     assert int(agreed[1]) > 70
-    share = re.search(r'share of answers that begin with "Sure" +(\d\.\d\d) +(\d\.\d\d)', done.stdout)
+    share = re.search(r'share of answers that begin with "Sure" +(\d\.\d\d) +(\d\.\d\d)', said)
     assert float(share[2]) > float(share[1])
     assert not (project / "runs" / "toy" / "reward").exists()
+
+    said = vote("--votes", "10", typed="a\nb\ns\n")               # a person, who leaves after three votes
+    assert re.search(r"You left after \d of 10 questions", said) and "reward.py" not in said
+    votes = standing_votes(project / "runs" / "toy" / "vote" / "you" / "votes.jsonl")
+    assert [vote["vote"] for vote in votes] == ["a", "b", "s"]
