@@ -40,8 +40,10 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
         "bf16": {"enabled": is_bf16},
         "fp16": {"enabled": dtype == torch.float16},
         "gradient_clipping": args.grad_clip,
-        # In bf16 a sum over many micro-batches loses digits; in float32 an adapter's sum is still small.
-        "data_types": {"grad_accum_dtype": "fp32" if is_adapter and is_bf16 and args.zero_stage else None},
+        # In bf16 a sum over many micro-batches loses digits; in float32 an adapter's sum is still small. Not
+        # with --offload: there DeepSpeed keeps a float32 sum that is not finite, and skips all later updates.
+        "data_types": {"grad_accum_dtype": "fp32" if is_adapter and is_bf16 and args.zero_stage
+                       and not args.offload else None},
         "zero_optimization": {
             "stage": args.zero_stage,
             "reduce_bucket_size": min(n_trained, 50_000_000 if gpu else 2_000_000),        # elements

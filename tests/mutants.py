@@ -380,6 +380,7 @@ FAULTS = [
     engine('"gradient_clipping": args.grad_clip', '"gradient_clipping": 0.0'),
     engine('"gradient_accumulation_steps": accumulation', '"gradient_accumulation_steps": 1'),
     engine("self.overflow = not math.isfinite(", "self.overflow = math.isnan("),
+    engine("\n                       and not args.offload else None", " else None"),
     engine("if engine.skipped_steps > skipped else 0", "if engine.skipped_steps else 0"),
 
     # checkpoints: a resumed run is the run without the stop

@@ -205,7 +205,8 @@ def test_the_refusal_reaches_the_user_as_one_line(tmp_path):
 # ------------------------------------------------------------------------------------ the engine's dictionary
 @pytest.mark.parametrize("gpu, stage, offload, trained_share, dtype, shares", [
     (False, 2, False, 1, torch.float32, False), (True, 3, True, 1, torch.bfloat16, False),
-    (True, 2, False, 0.01, torch.bfloat16, True), (True, 0, False, 0.01, torch.bfloat16, True)])
+    (True, 2, False, 0.01, torch.bfloat16, True), (True, 0, False, 0.01, torch.bfloat16, True),
+    (True, 2, True, 0.01, torch.bfloat16, True)])
 def test_the_configuration_is_that_of_the_device_and_the_flags(
         gpu, stage, offload, trained_share, dtype, shares, monkeypatch):
     import deepspeed
@@ -230,6 +231,6 @@ def test_the_configuration_is_that_of_the_device_and_the_flags(
     assert zero["stage3_prefetch_bucket_size"] == (0 if shares else 50_000_000)
     assert zero["reduce_bucket_size"] == sum(p.numel() for p in trained)       # fewer than a bucket holds
     assert zero["offload_optimizer"] == ({"device": "cpu", "pin_memory": gpu} if offload else None)
-    in_float32 = trained_share < 1 and dtype == torch.bfloat16 and stage > 0
+    in_float32 = trained_share < 1 and dtype == torch.bfloat16 and stage > 0 and not offload
     assert seen["data_types"] == {"grad_accum_dtype": "fp32" if in_float32 else None}
     assert seen["timers"] == {"throughput": {"enabled": False}} and not seen["zero_force_ds_cpu_optimizer"]

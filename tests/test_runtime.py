@@ -332,18 +332,22 @@ def deepspeed(monkeypatch):
     start_group(False, timedelta(seconds=60))
 
 
-def small_engine(accumulation=1, dtype=torch.float32, **changes):
-    """DeepSpeed's engine of a matrix and a bias, for 8 updates."""
+def small_engine(accumulation=1, dtype=torch.float32, is_adapter=False, **changes):
+    """DeepSpeed's engine of a matrix and a bias, for 8 updates. is_adapter: beside many frozen weights."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
+    trained = [*model.parameters()]
+    if is_adapter:
+        model.base = torch.nn.Linear(20, 20).requires_grad_(False)
     args = SimpleNamespace(**{**SETTINGS, **changes})
-    return make_engine(args, model, [*model.parameters()], 0.1, 8, accumulation, dtype), model
+    return make_engine(args, model.to(dtype), trained, 0.1, 8, accumulation, dtype), model
 
 
 def update(engine, model, x):
     """Weights after one update whose loss is x times their sum, so that each entry's gradient is x."""
-    backward_and_step(engine, x * sum(p.sum() for p in model.parameters()))
-    return [p.detach().clone() for p in model.parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    backward_and_step(engine, x * sum(p.sum() for p in trained))
+    return [p.detach().clone() for p in trained]
 
 
 def test_adam_has_its_betas_and_weight_decay_is_of_matrices_alone(deepspeed):
@@ -375,15 +379,17 @@ def test_an_update_is_the_mean_over_its_micro_batches_and_its_norm_is_clipped(de
         assert torch.allclose(moment, torch.full_like(moment, 0.1 * 3 * share), rtol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_those_in_a_row_are_counted(stage, bad, deepspeed):
-    engine, model = small_engine(zero_stage=stage)
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage, offload", [(0, False), (1, False), (2, False), (1, True), (2, True)])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_those_in_a_row_are_counted(
+        stage, offload, dtype, is_adapter, deepspeed):
+    engine, model = small_engine(dtype=dtype, is_adapter=is_adapter, zero_stage=stage, offload=offload)
     counts = []
-    for x in (1.0, bad, bad, 1.0, bad):
-        before = [p.detach().clone() for p in model.parameters()]
+    for x in (1.0, math.inf, math.nan, 1.0, math.nan):
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         after = update(engine, model, x)
-        assert all(map(torch.equal, before, after)) == (x == bad or x != x)
+        assert all(map(torch.equal, before, after)) == (not math.isfinite(x))
         counts.append((engine.skipped_in_a_row, engine.skipped_steps))
     assert counts == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
 
