@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from runtime.folders import writing
 from runtime.gpu import free_memory, rows_at_once
-from runtime.ranks import fail_together, max_over_ranks, say
+from runtime.ranks import fail_if_another_did, fail_together, max_over_ranks, say
 
 def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], lr: float, updates: int,
                 accumulation: int, dtype: torch.dtype, shares: bool = False):
@@ -154,6 +154,7 @@ def divide_frozen(network: nn.Module, args: Namespace, dtype: torch.dtype) -> nn
     """Under ZeRO-3, divides a network that nothing trains among the ranks, as an engine divides its own; the
     hooks that it gets make it whole layer by layer when it is called. Other stages leave it as it is."""
     if args.zero_stage == 3:
+        fail_if_another_did()                # initialize waits for all ranks, and one may have read no network
         import deepspeed
         deepspeed.initialize(model=network.requires_grad_(False), config={
             "train_micro_batch_size_per_gpu": args.micro_batch,

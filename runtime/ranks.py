@@ -99,14 +99,21 @@ def say(text: str):
 @contextmanager
 def fail_together():
     """If the body raises BadInput on some ranks, all ranks raise it, so that none waits for a rank that has
-    gone."""
+    gone. A body in which ranks wait for each other calls fail_if_another_did before."""
     mine = None
     try:
         yield
     except BadInput as error:
+        if error.everywhere:                 # all ranks know it already
+            raise
         mine = str(error)
     if errors := [error for error in from_all(mine) if error]:
         raise BadInput(errors[0], everywhere=True)
+
+def fail_if_another_did():
+    """Inside fail_together: where another rank has raised BadInput by now, this one raises it too."""
+    with fail_together():
+        pass
 
 def from_all(thing: object) -> list:
     """What each rank hands over, in the order of the ranks, on every rank."""

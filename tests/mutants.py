@@ -193,6 +193,7 @@ FAULTS = [
     ranks("reduced(numbers, dist.ReduceOp.SUM)", "reduced(numbers, dist.ReduceOp.MAX)"),
     ranks("reduced(numbers, dist.ReduceOp.MAX)", "reduced(numbers, dist.ReduceOp.SUM)"),
     ranks("[error for error in from_all(mine) if error]", "[error for error in [mine] if error]"),
+    engine("        fail_if_another_did() ", "        pass "),
 
     # splits and seeds
     data("sum(weights[:phase + 1])", "sum(weights[:phase + 2])"),

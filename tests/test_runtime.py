@@ -664,3 +664,16 @@ def test_what_is_wrong_on_one_rank_ends_all_of_them(monkeypatch):
                 raise BadInput("of rank 1")
         return error.value.everywhere
     assert on_ranks(3, work, monkeypatch) == [True] * 3
+
+
+def test_a_network_that_one_rank_cannot_read_is_divided_by_none(monkeypatch):
+    """Dividing it would wait for that rank until --timeout."""
+    monkeypatch.setattr("deepspeed.initialize", lambda **_: pytest.fail("waits for a rank that has gone"))
+
+    def work(rank):
+        with pytest.raises(BadInput, match="of rank 1") as error, fail_together():
+            if rank == 1:
+                raise BadInput("of rank 1")
+            divide_frozen(tiny_llama(), SimpleNamespace(micro_batch=1, zero_stage=3), torch.float32)
+        return error.value.everywhere
+    assert on_ranks(3, work, monkeypatch) == [True] * 3
