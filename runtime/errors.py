@@ -35,7 +35,10 @@ def is_out_of_memory(error: Exception) -> bool:
             or isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    """The first line of an error's text, and the cause that NCCL names further down, such as a /dev/shm that
+    is too small."""
+    first, cause = (text.partition("\n")[0] for text in (str(error), str(error).partition("Last error:\n")[2]))
+    return f"{first} ({cause.strip()})" if cause.strip() else first
 
 def exit_with_one_line(main: Callable[[], None]):
     """Runs main(). BadInput becomes one line on stderr and exit status 2, a lack of memory one line and 1,

@@ -188,6 +188,7 @@ FAULTS = [
     gpu("* columns * width", "* prompt * width"),
     gpu("if usable or hidden or not (has_gpu or warned)", "if True"),
     gpu("has_gpu or warned", "has_gpu"),
+    gpu('os.environ["CUDA_VISIBLE_DEVICES"] = ""', "return False"),
     ranks('args.zero_stage == 0 and args.dtype == "fp16"', 'args.dtype == "fp16"'),
     ranks("args.zero_stage == 0 and args.offload", "False"),
     ranks("reduced(numbers, dist.ReduceOp.SUM)", "reduced(numbers, dist.ReduceOp.MAX)"),

@@ -31,13 +31,14 @@ GIB = 2**30
 def driver(monkeypatch, tmp_path):
     """driver(usable, warning, there): what PyTorch says of the GPU, and whether the machine has one."""
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "x")        # so that it is put back at the end
+        monkeypatch.delenv(name)
 
     def set_up(usable, warning=None, there=True):
         def is_available():
             if warning:
                 warnings.warn(warning, UserWarning, stacklevel=1)
-            return usable
+            return usable and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")       # as CUDA does
 
         (tmp_path / "version").write_text("535")
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
@@ -70,12 +71,22 @@ def test_a_gpu_that_pytorch_cannot_use_ends_the_run_in_one_line(there, warning, 
     assert error.value.everywhere
 
 
+@pytest.mark.filterwarnings("ignore:CUDA initialization")
 @pytest.mark.parametrize("name, value", [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"),
                                          ("DS_ACCELERATOR", "cpu")])
 def test_who_hides_the_gpu_means_the_cpu(name, value, driver, monkeypatch):
-    driver(False, TOO_OLD)
-    monkeypatch.setenv(name, value)
-    assert gpu_is_usable() is False
+    """Whether or not the GPU works; and torch.cuda says so to all who ask it later."""
+    for usable, warning in ((False, TOO_OLD), (True, None)):
+        driver(usable, warning)
+        monkeypatch.setenv(name, value)
+        assert gpu_is_usable() is False and torch.cuda.is_available() is False
+
+
+def test_nobody_asks_cuda_before_the_run_has_decided():
+    """CUDA reads CUDA_VISIBLE_DEVICES when it is asked first."""
+    program = "import torch; torch.cuda.is_available = lambda: 1 / 0; import sft, reward, ppo, chat"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("own, expected", [({}, "expandable_segments:True"),
