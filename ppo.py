@@ -282,7 +282,7 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(actor, *lora, name="actor")
         roles = {"actor": Role(actor, "actor"), "ref": Role(actor)}
     else:
-        # under ZeRO-3 in pieces on all ranks, like what is trained
+        # frozen: under ZeRO-3 each rank keeps a piece, else no change
         ref = divide_frozen(Llama.from_pretrained(base, dtype, device), args, dtype)
         roles = {"actor": Role(actor), "ref": Role(ref)}
 
@@ -298,7 +298,7 @@ def build_roles(args: Namespace, dtype: torch.dtype, device: torch.device) -> di
         add_lora(critic, *lora, name="critic")
         roles |= {"critic": Role(critic, "critic"), "reward": Role(reward)}
     else:
-        reward = divide_frozen(reward, args, dtype)    # before the next network needs its memory
+        reward = divide_frozen(reward, args, dtype)    # now, so that the critic has room to load
         roles |= {"critic": Role(load_reward_model(args.reward, dtype, device)), "reward": Role(reward)}
 
     n = len({id(role.network.model) for role in roles.values()})
@@ -411,7 +411,7 @@ def rollout(roles: dict[str, Role], prompts: list[list[int]], uniforms: Tensor, 
     for rows in watch(mine.mask.sum(1).argsort().split(args.micro_batch)):     # like lengths: little padding
         mb = mine.select(rows)
         columns = slice(mb.response_mask.shape[1])
-        for name, logp in (("actor", mine.old_logp), ("ref", mine.ref_logp)):          # filled in place
+        for name, logp in (("actor", mine.old_logp), ("ref", mine.ref_logp)):          # writes rows of mine
             model = roles[name].activate()
             logp[rows, columns] = answer_logps(model, mb, args.temperature, tokenizer.vocab_size)[0]
         values = response_values(roles["critic"].activate(), mb)
@@ -437,7 +437,7 @@ def answers(roles: dict[str, Role], ids: Tensor, mask: Tensor, uniforms: Tensor,
     actor, at_once = roles["actor"].activate(), args.gen_batch or len(ids)
     pieces = zip(ids.split(at_once), mask.split(at_once), uniforms.split(at_once), strict=True)
     responses, masks = [], []
-    # ZeRO-3 leaves each rank a piece of the weights; the critic's engine too may have divided this network
+    # ZeRO-3: the actor whole, without the hooks that either engine put on it
     with made_whole(actor, [role.engine for role in roles.values() if role.engine]):
         for piece_ids, piece_mask, piece_uniforms in pieces:
             response, response_mask = actor.generate(
@@ -525,7 +525,7 @@ def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter],
     """Moves rank 0's average towards the weights."""
     for name, p in weights.items():
         with gathered([p]):
-            if name in average:
+            if name in average:              # on rank 0
                 average[name].lerp_(p.detach().to("cpu", torch.float32), 1 - decay)
 
 # ------------------------------------------------------------ 6. log
@@ -543,8 +543,8 @@ def answer_held_out(roles: dict[str, Role], prompts: list[list[int]], args: Name
     watch = partial(stoppable, label="held-out answers")
     batch = rollout(roles, prompts, uniforms, args, tokenizer, watch)
     score, responses = normalise(batch.raw_score, stats), batch.ids[:, batch.start:]
-    answers = [ids[keep].tolist() for ids, keep in zip(responses, batch.response_mask, strict=True)]
-    rows = zip(prompts, answers, score.tolist(), batch.kl.tolist(), strict=True)
+    answer_ids = [ids[keep].tolist() for ids, keep in zip(responses, batch.response_mask, strict=True)]
+    rows = zip(prompts, answer_ids, score.tolist(), batch.kl.tolist(), strict=True)
     samples = [{"prompt": tokenizer.decode(prompt), "response": tokenizer.decode(answer), "score": s, "kl": k}
                for prompt, answer, s, k in rows]
     means = {f"eval_{name}": mean for name, mean in summary(batch, score).items()}
@@ -560,8 +560,7 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
 
-    # save_whole calls its third argument on rank 0, which then holds the weights whole, with the model, the
-    # folder and all further arguments.
+    # save_whole(model, out, write, *more) makes the weights whole; rank 0 calls write(model, out, *more)
     def save_average(model, *more):
         for name, mean in average.items():   # it overwrites the weights: nothing is trained after this
             weights[name].data.copy_(mean)
@@ -692,16 +691,14 @@ def main():
     updates = args.ppo_epochs * args.rollout_batch // args.mini_batch                   # per step
     # makes --out, or finds the checkpoint that --resume goes on from, if its data had these lengths
     state = Run(args, lengths)
-    for role, weights in trained.items():    # a resumed run reads them here, before the engines copy them
+    for role, weights in trained.items():    # resumed: read here, before the engines make float32 copies
         state.track_weights({f"{role}.{name}": weight for name, weight in weights.items()})
     add_engines(args, roles, trained, steps * updates, inputs.accumulation, dtype)
     state.track_engines(actor=roles["actor"].engine, critic=roles["critic"].engine)
-    average = start_average(trained["actor"]) if args.ema is not None else {}
+    average = start_average(trained["actor"]) if args.ema is not None else {}          # rank 0's
     state.track_weights({f"ema.{i}": mean for i, mean in enumerate(average.values())}, on_all_ranks=False)
-    if args.gen_batch is None and device.type == "cuda":           # as many as the GPU has room for
-        both = [*trained["actor"].values(), *trained["critic"].values()]
-        args.gen_batch = room_for_answers(args, actor, both)
-        state.record(gen_batch=args.gen_batch)
+    args.gen_batch = args.gen_batch or room_for_answers(args, actor, state.engines.values())
+    state.record(gen_batch=args.gen_batch)
     # extra is empty in a new run; if stats is None then, the evaluation before step 1 measures it
     stats, beta = state.extra.get("stats", inputs.stats), state.extra.get("beta", args.kl_coef)
     mix = stream([len(ids) for ids, _ in inputs.texts], args.mini_batch, args.seed, done=state.step * updates)

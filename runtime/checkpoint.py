@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.engine import gathered, give_back_fetched
+from runtime.engine import bytes_of_whole, gathered, give_back_fetched, numbers_of_whole
 from runtime.errors import BadInput
 from runtime.folders import FILES, FOLDERS, fingerprint, read_json, write_whole, writing
 from runtime.log import Log
@@ -317,8 +317,7 @@ class Run:
             files["weights.safetensors"] = lambda path: save_file(whole, path)
             files["run.json"] = lambda path: path.write_text(json.dumps(self.kept(step, evaluation_due)))
         # each weight itself, its copy in float32 and its two moments
-        needed = sum((w.element_size() + 12) * getattr(w, "ds_numel", w.numel())
-                     for w in self.weights.values())
+        needed = sum(bytes_of_whole(w) + 12 * numbers_of_whole(w) for w in self.weights.values())
         whole = self.whole_weights()
         with fail_together(), writing(part, needed):
             part.mkdir(parents=True, exist_ok=True)

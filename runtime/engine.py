@@ -57,9 +57,9 @@ def make_engine(args: Namespace, model: nn.Module, trained: list[nn.Parameter], 
         "timers": {"throughput": {"enabled": False}},  # the timer would wait for the GPU at every step
         "steps_per_print": 10**9,
     })[0]
-    engine.skipped_in_a_row = 0
+    engine.skipped_in_a_row, engine.trained = 0, trained
     if is_bf16 and not args.zero_stage:      # there Adam has counted a step of zeros by DeepSpeed
-        engine.optimizer.optimizer.state.clear()
+        moments_of(engine).clear()
     if dtype == torch.float16 and args.zero_stage:
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False          # Run.end_step ends the run
     return engine
@@ -97,7 +97,19 @@ def engine_metrics(engine) -> dict[str, float]:
     norm = engine.get_global_grad_norm()
     return {"skipped": engine.skipped_steps} | ({} if norm is None else {"grad_norm": float(norm)})
 
+def moments_of(engine) -> dict:
+    """{weight: Adam's moments}, as PyTorch's optimiser inside an engine has them."""
+    optimizer = engine.optimizer             # DeepSpeed's around PyTorch's, or PyTorch's itself
+    return getattr(optimizer, "optimizer", optimizer).state
+
 # ------------------------------------------------------------ ZeRO-3
+def numbers_of_whole(p: Tensor) -> int:
+    """The numbers of a weight, of which ZeRO-3 may have left this rank a piece."""
+    return getattr(p, "ds_numel", p.numel())
+
+def bytes_of_whole(p: Tensor) -> int:
+    return numbers_of_whole(p) * p.element_size()
+
 def gathered(parameters: Iterable[Tensor]):
     """A context in which every rank holds these weights whole. Under ZeRO-3 they lie in pieces on all
     ranks."""
@@ -133,17 +145,20 @@ def give_back_fetched(engines: Iterable):
         if hasattr(engine.optimizer, "parameter_offload"):
             engine.optimizer.parameter_offload.partition_all_parameters()
 
-def room_for_answers(args: Namespace, network: nn.Module, trained: Iterable[Tensor]) -> int:
+def room_for_answers(args: Namespace, network: nn.Module, engines: Iterable) -> int | None:
     """How many answers the GPU of every rank has room to generate at one time, beside what is still to come
-    for the weights that both engines train. The smallest number of all ranks, so that all take equally many
-    pieces."""
+    for the weights that the engines train. The smallest number of all ranks, so that all take equally many
+    pieces. On a CPU None: all at one time."""
+    free = free_memory()
+    if free is None:
+        return None
     weights, world = list(network.parameters()), dist.get_world_size()
-    # what made_whole will take, where ZeRO-3 has divided the weights among several ranks
-    divided = sum(p.ds_numel * p.element_size() - p.nbytes
-                  for p in weights if world > 1 and hasattr(p, "ds_id"))
-    # two moments in float32, which the first update makes
-    moments = 8 * sum(getattr(p, "ds_numel", p.numel()) for p in trained) / (world if args.zero_stage else 1)
-    free = free_memory() - divided - (0 if args.offload else moments)
+    if world > 1:                            # what made_whole will take, where ZeRO-3 has divided the weights
+        free -= sum(bytes_of_whole(p) - p.nbytes for p in weights)
+    # two moments in float32, which the first update makes; a resumed run may have read them already
+    coming = [p for engine in engines if not moments_of(engine) for p in engine.trained]
+    if not args.offload:
+        free -= 8 * sum(numbers_of_whole(p) for p in coming) / (world if args.zero_stage else 1)
     columns = args.max_prompt + args.max_new
     mine = rows_at_once(free, network.config, weights[0].element_size(), args.max_prompt, columns)
     rows = -int(max_over_ranks(-mine)[0])
@@ -154,7 +169,7 @@ def divide_frozen(network: nn.Module, args: Namespace, dtype: torch.dtype) -> nn
     """Under ZeRO-3, divides a network that nothing trains among the ranks, as an engine divides its own; the
     hooks that it gets make it whole layer by layer when it is called. Other stages leave it as it is."""
     if args.zero_stage == 3:
-        fail_if_another_did()                # initialize waits for all ranks, and one may have read no network
+        fail_if_another_did()                # initialize waits for all ranks, and one may have read nothing
         import deepspeed
         deepspeed.initialize(model=network.requires_grad_(False), config={
             "train_micro_batch_size_per_gpu": args.micro_batch,
@@ -168,7 +183,7 @@ def divide_frozen(network: nn.Module, args: Namespace, dtype: torch.dtype) -> nn
 def save_whole(model: nn.Module, out: object, write: Callable, *more: object):
     """Rank 0 calls write(model, out, *more), which writes the folder `out`, while every rank holds the
     weights whole."""
-    needed = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed = sum(bytes_of_whole(p) for p in model.parameters() if p.requires_grad)
     with gathered(model.parameters()), fail_together(), writing(out, needed):
         if dist.get_rank() == 0:
             write(model, out, *more)

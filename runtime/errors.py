@@ -28,6 +28,10 @@ class BadInput(ValueError):
         super().__init__(message if len(message) < MOST_CHARACTERS else message[:MOST_CHARACTERS] + "...")
         self.everywhere = everywhere
 
+def is_out_of_ram(error: Exception) -> bool:
+    """Whether is_out_of_memory, and it is not a GPU's memory."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, or PyTorch on a GPU or CPU, raised the error because no memory is left."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")         # CUDA's, cuBLAS's, the CPU's
@@ -37,8 +41,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, and the cause that NCCL names further down, such as a /dev/shm that
     is too small."""
-    first, cause = (text.partition("\n")[0] for text in (str(error), str(error).partition("Last error:\n")[2]))
-    return f"{first} ({cause.strip()})" if cause.strip() else first
+    text = str(error)
+    cause = text.partition("Last error:")[2].strip().partition("\n")[0]
+    return text.partition("\n")[0] + (f" ({cause})" if cause else "")
 
 def exit_with_one_line(main: Callable[[], None]):
     """Runs main(). BadInput becomes one line on stderr and exit status 2, a lack of memory one line and 1,

@@ -32,9 +32,11 @@ def gpu_is_usable() -> bool:
                    f"with pip install torch --index-url https://download.pytorch.org/whl/cu126 "
                    f"(docs/clusters.md), or set DS_ACCELERATOR=cpu to compute on the CPU", everywhere=True)
 
-def free_memory() -> int:
+def free_memory() -> int | None:
     """The bytes that new tensors can have on this rank's GPU: what no process holds, and what PyTorch keeps
-    and does not use."""
+    and does not use. None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 def answer_bytes(config: object, width: int, prompt: int, columns: int) -> float:

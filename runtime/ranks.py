@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.errors import BadInput, first_line, is_out_of_memory, without_controls
+from runtime.errors import BadInput, first_line, is_out_of_memory, is_out_of_ram, note, without_controls
 from runtime.flags import DTYPES
 from runtime.gpu import gpu_is_usable
 
@@ -42,6 +42,8 @@ def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bf16" if bf16 else "fp16" if cuda else "fp32"
     check_stage(args)
+    if args.offload and not cuda:
+        note("--offload: on a CPU the optimiser is in the CPU's memory anyway, and the flag takes more of it")
     if "RANK" not in os.environ:
         pretend_launcher()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -50,13 +52,17 @@ def setup(args: Namespace) -> tuple[int, int, torch.device, torch.dtype]:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:  # the ranks of one machine share its cores, with --offload too
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_SIZE", 1))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_SIZE", 1))))
     start_group(cuda, timedelta(seconds=args.timeout))
     torch.manual_seed(args.seed)             # the same new weights on every rank
     rank, world = dist.get_rank(), dist.get_world_size()
     say(f"{Path(sys.argv[0]).name}: {world} process{'es' * (world > 1)} on {device.type}, {args.dtype}, "
         f"ZeRO-{args.zero_stage}")
     return rank, world, device, DTYPES[args.dtype]
+
+def cores() -> int:
+    """The cores that this process may use: all, or the share that Slurm or a container gives it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def check_stage(args: Namespace):
     """BadInput where DeepSpeed would train wrongly at this ZeRO stage, or not at all."""
@@ -78,7 +84,9 @@ def start_group(cuda: bool, timeout: timedelta):
     """All ranks meet. From then on a collective call that takes longer than timeout raises an error on those
     who wait."""
     import deepspeed
+    import deepspeed.runtime.bf16_optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None          # ten lines per engine
     if not cuda:                             # DeepSpeed's shared-memory extension needs a C++ compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     c10d = dist.distributed_c10d             # DeepSpeed's own groups take torch's default timeouts
@@ -86,7 +94,7 @@ def start_group(cuda: bool, timeout: timedelta):
     try:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     except dist.DistError as error:          # most often the port of another run
-        raise BadInput(f"the ranks cannot meet: {str(error).splitlines()[0]} (for two runs at once on one "
+        raise BadInput(f"the ranks cannot meet: {first_line(error)} (for two runs at once on one "
                        f"machine: deepspeed --master_port 29501 ...)") from None
 
 # ------------------------------------------------------------ talking to each other
@@ -141,9 +149,10 @@ def reduced(numbers, operation):
     return x.tolist()
 
 # ------------------------------------------------------------ the end
-OUT_OF_MEMORY = ("the memory is not enough; take a smaller --micro-batch, --checkpointing or --lora-rank, in "
-                 "ppo.py a smaller --gen-batch, --offload, or on several GPUs --zero-stage 3 (docs/memory.md "
-                 "says what fits)")
+OUT_OF_MEMORY = ("the {} is not enough; take a smaller --micro-batch, --checkpointing or --lora-rank, in "
+                 "ppo.py a smaller --gen-batch, {} (docs/memory.md says what fits)")
+GPU_OR_RAM = (("memory", "--offload, or on several GPUs --zero-stage 3"),
+              ("RAM", "and neither --offload nor --ema, which use it"))
 
 def finish():
     """The end of every main. Without the barrier and the destruction, some runs of two CPU ranks abort at
@@ -174,7 +183,8 @@ def run(main: Callable[[], None]):
         status, wait = 1, lost_touch(error)
         why, what = traceback.format_exc(), "failed:\n"
         if is_out_of_memory(error):
-            why, what = f"{OUT_OF_MEMORY}: {first_line(error)}", "failed: "
+            advice = OUT_OF_MEMORY.format(*GPU_OR_RAM[is_out_of_ram(error)])
+            why, what = f"{advice}: {first_line(error)}", "failed: "
         elif wait:
             why, what = first_line(error), "has lost touch with another rank: "
         print(f"rank {rank} {what}{why}", file=sys.stderr, flush=True)

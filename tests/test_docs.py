@@ -16,7 +16,7 @@ LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
 # flags of the deepspeed launcher, of hf, of Slurm, of pip, of TensorBoard
 FOREIGN = {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
            "--repo-type", "--local-dir", "--nodes", "--ntasks-per-node", "--gpus-per-node",
-           "--cpus-per-task", "--mem", "--time", "--signal", "--index-url", "--logdir"}
+           "--cpus-per-task", "--mem", "--time", "--signal", "--index-url", "--logdir", "--shm-size", "--ipc"}
 
 
 def lines_of(source: str) -> dict[str, int]:

@@ -17,9 +17,9 @@ import runtime.gpu
 from conftest import REPO, tiny_llama
 from llama import LlamaConfig
 from runtime.engine import room_for_answers
-from runtime.errors import BadInput, exit_with_one_line, is_out_of_memory
+from runtime.errors import BadInput, exit_with_one_line, is_out_of_memory, note
 from runtime.gpu import answer_bytes, free_memory, gpu_is_usable, rows_at_once
-from runtime.ranks import check_stage, run, setup
+from runtime.ranks import check_stage, cores, run, setup
 from training import on_ranks
 
 SEVEN_B = LlamaConfig()
@@ -122,6 +122,8 @@ def test_the_rows_of_a_7b_that_have_room_are_those_of_the_arithmetic():
 
 
 def test_memory_that_pytorch_keeps_and_does_not_use_is_free(monkeypatch):
+    assert free_memory() is None             # a CPU has no bound
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7 * GIB)
@@ -138,17 +140,24 @@ def test_all_ranks_take_the_number_of_the_fullest_gpu(monkeypatch, capsys):
     monkeypatch.setattr(runtime.engine, "free_memory", lambda: free[torch.distributed.get_rank()])
     assert on_ranks(2, lambda rank: room_for_answers(flags(), model, []), monkeypatch) == [16, 16]
     assert "generating up to 16 answers per GPU at a time" in capsys.readouterr().out
+    free[:] = [None, None]                   # on a CPU
+    assert on_ranks(2, lambda rank: room_for_answers(flags(), model, []), monkeypatch) == [None, None]
+    assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ranks, changes, divided_by", [
-    (1, {}, 1), (2, {}, 2), (2, {"zero_stage": 0}, 1), (1, {"offload": True}, None)])
-def test_the_moments_that_the_first_update_makes_are_not_free(ranks, changes, divided_by, monkeypatch):
+@pytest.mark.parametrize("ranks, changes, state, divided_by", [
+    (1, {}, {}, 1), (2, {}, {}, 2), (2, {"zero_stage": 0}, {}, 1), (1, {"offload": True}, {}, None),
+    (1, {}, {"moments": "of a resumed run"}, None)])
+def test_the_moments_that_the_first_update_makes_are_not_free(ranks, changes, state, divided_by, monkeypatch):
     model = tiny_llama()
     per_row, n = answer_bytes(model.config, 4, 32, 64), sum(p.numel() for p in model.parameters())
     moments = 8 * n / divided_by if divided_by else 0
     monkeypatch.setattr(runtime.engine, "free_memory", lambda: 20.01 * per_row + moments)
-    found = on_ranks(ranks, lambda rank: room_for_answers(flags(**changes), model, model.parameters()),
-                     monkeypatch)
+    trained = [*model.parameters()]          # by two engines, one of which has PyTorch's optimiser
+    torchs = SimpleNamespace(state=state)
+    engines = [SimpleNamespace(optimizer=optimizer, trained=some) for optimizer, some in (
+        (torchs, trained[:5]), (SimpleNamespace(optimizer=torchs), trained[5:]))]
+    found = on_ranks(ranks, lambda rank: room_for_answers(flags(**changes), model, engines), monkeypatch)
     assert found == [16] * ranks
 
 
@@ -184,9 +193,33 @@ def test_a_lack_of_memory_is_one_line_that_names_the_flags(error, monkeypatch, c
     said = capsys.readouterr().err
     assert left == [1] and said.count("\n") == 1 and "Traceback" not in said
     assert all(flag in said for flag in ("--micro-batch", "--checkpointing", "--gen-batch", "--offload"))
+    is_ram = error in ERRORS[-2:]            # of which --offload takes more
+    assert is_ram == ("the RAM is not enough" in said) == ("neither --offload" in said)
     with pytest.raises(SystemExit) as end:
         exit_with_one_line(main)
     assert end.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+NCCL = ("NCCL error in: /pytorch/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for "
+        "details), NCCL version 2.27.3\nncclSystemError: System call or external library call failed. \n"
+        "Last error:\n{}")
+
+
+@pytest.mark.parametrize("cause, said", [
+    ("Error while creating shared memory segment /dev/shm/nccl-9 (size 9637888)\nmore",
+     "rank 0 has lost touch with another rank: NCCL error in: /pytorch/NCCLUtils.cpp:94, unhandled system "
+     "error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3 (Error while creating shared memory "
+     "segment /dev/shm/nccl-9 (size 9637888))"),
+    ("\nCuda failure 2 'out of memory'", "(Cuda failure 2 'out of memory')"), ("", "NCCL version 2.27.3")])
+def test_what_nccl_names_as_the_cause_is_said(cause, said, monkeypatch, capsys):
+    def main():
+        raise torch.distributed.DistBackendError(NCCL.format(cause))
+
+    monkeypatch.setattr(runtime.ranks, "leave", lambda status: None)
+    monkeypatch.setattr(runtime.ranks.time, "sleep", lambda seconds: None)
+    run(main)
+    line = capsys.readouterr().err
+    assert line.endswith(f"{said}\n") and line.count("\n") == 1
 
 
 def test_other_errors_keep_their_traceback(monkeypatch, capsys):
@@ -205,6 +238,29 @@ def test_fp16_without_zero_and_offload_without_zero_are_refused():
         check_stage(Namespace(zero_stage=0, dtype="bf16", offload=True))
     for stage, dtype, offload in ((1, "fp16", False), (0, "bf16", False), (2, "fp16", True)):
         check_stage(Namespace(zero_stage=stage, dtype=dtype, offload=offload))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_on_a_cpu_the_ranks_share_their_cores_and_offload_saves_nothing(offload, monkeypatch, capsys):
+    """The cores are those that the process may use, not all of the machine's."""
+    for name, value in (("LOCAL_SIZE", "2"), ("RANK", "0"), ("DS_ACCELERATOR", "cpu"),
+                        ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "x"),
+                        ("PYTORCH_CUDA_ALLOC_CONF", "x")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3, 5, 7, 9, 11}, raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(runtime.ranks.warnings, "filterwarnings", lambda _: None)
+    monkeypatch.setattr(runtime.ranks, "start_group", lambda *_: None)
+    note.cache_clear()
+    args = Namespace(dtype="fp32", zero_stage=2, offload=offload, timeout=10, seed=1)
+    with pytest.raises(ValueError, match="Default process group"):
+        setup(args)
+    assert threads == [3] and ("--offload: on a CPU" in capsys.readouterr().err) == offload
+    monkeypatch.delattr(os, "sched_getaffinity")                   # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores() == 5
 
 
 def test_the_refusal_reaches_the_user_as_one_line(tmp_path):

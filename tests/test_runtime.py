@@ -27,7 +27,9 @@ from runtime.engine import (
     engine_metrics,
     made_whole,
     make_engine,
+    moments_of,
     rate_share,
+    save_whole,
 )
 from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import number, shares
@@ -392,6 +394,38 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_those_in_a_row_are_co
         assert all(map(torch.equal, before, after)) == (not math.isfinite(x))
         counts.append((engine.skipped_in_a_row, engine.skipped_steps))
     assert counts == [(0, 0), (1, 1), (2, 2), (0, 2), (1, 3)]
+
+
+@pytest.mark.parametrize("stage, dtype", [(0, torch.float32), (0, torch.bfloat16), (2, torch.bfloat16)])
+def test_the_moments_are_there_from_the_first_update_on_and_in_a_resumed_run(stage, dtype, deepspeed):
+    engine, model = small_engine(zero_stage=stage, dtype=dtype)
+    assert not moments_of(engine) and sum(p.numel() for p in engine.trained) == 8
+    update(engine, model, 1.0)
+    assert sum(x["exp_avg"].numel() for x in moments_of(engine).values()) == 8
+    resumed, state = small_engine(zero_stage=stage, dtype=dtype)[0], engine.optimizer.state_dict()
+    if stage:
+        resumed.optimizer.load_state_dict([state], load_from_fp32_weights=True)
+    else:
+        resumed.optimizer.load_state_dict(state)
+    assert moments_of(resumed)
+
+
+def test_an_engine_says_nothing_but_what_it_trains(deepspeed, capsys):
+    for stage in (0, 1, 2):
+        small_engine(dtype=torch.bfloat16, is_adapter=True, zero_stage=stage)
+        assert capsys.readouterr().out == "training 8 of 428 weights in 8 updates\n"
+
+
+def test_under_zero_3_a_full_disk_is_told_with_the_bytes_of_the_whole_weights(deepspeed, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    for p in model.parameters():             # as ZeRO-3 leaves a large weight
+        p.ds_numel, p.data = 10**6, torch.empty(0)
+
+    def write(model, out):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(BadInput, match=r"No space left on device\); 8 MB are needed"):
+        save_whole(model, tmp_path, write)
 
 
 def resident(network):
