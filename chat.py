@@ -212,8 +212,6 @@ def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
         return read(value)
     except ArgumentTypeError as error:
         raise BadInput(f"/{name}: {error}") from None
-    except ValueError:
-        raise BadInput(f"/{name}: {value} is not a {'whole ' * (name == 'max_tokens')}number") from None
 
 def save(file: str, speakers: list[Speaker], history: History):
     """Writes {"model", "messages"} of each speaker as a line for data.py. BadInput where the file exists

@@ -118,19 +118,26 @@ def check_toy(path: str):
 def number(low: float, high: float = 1e12, kind: type = float) -> Callable[[str], float]:
     """argparse type of a number from low to high, both included."""
     def parse_number(text):
-        if not low <= kind(text) <= high:
+        try:
+            x = kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number") from None
+        if not low <= x <= high:
             raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
+        return x
     return parse_number
 
 positive = number(1, kind=int)
 
 def shares(text: str) -> list[float] | None:
     """argparse type of --split: three shares such as 4,4,2, or none."""
-    numbers = None if text == "none" else [float(x) for x in text.split(",")]
-    if numbers and (len(numbers) != 3 or min(numbers) < 0 or sum(numbers) <= 0):
-        raise ArgumentTypeError(f"{text} is not three shares such as 4,4,2, nor none")
-    return numbers
+    try:
+        numbers = None if text == "none" else [number(0)(x) for x in text.split(",")]
+        if numbers is None or len(numbers) == 3 and sum(numbers) > 0:
+            return numbers
+    except ArgumentTypeError:
+        pass
+    raise ArgumentTypeError(f"{text} is not three shares such as 4,4,2, nor none")
 
 def column(text: str) -> tuple[str, str]:
     """argparse type of --columns: prompt=question."""
@@ -175,7 +182,7 @@ def add_trainer_flags(flags: Flags):
         help="keep the optimiser on the CPU: less memory on the GPU, and slower (ZeRO 1 to 3)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 or fp16 on a GPU, fp32 on CPU")
     add("--checkpointing", action="store_true", help="recompute layers in the backward pass, to save memory")
-    add("--timeout", type=number(10), default=1800.0,
+    add("--timeout", type=number(10, 1e9), default=1800.0,         # in nanoseconds, of 63 bits
         help="seconds that a rank may be silent before the others give up")
     add("--local-rank", type=int, default=-1, help=argparse.SUPPRESS)          # the launcher passes it
 

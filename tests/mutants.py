@@ -185,6 +185,7 @@ FAULTS = [
     engine("bytes_of_whole(p) - p.nbytes", "0"),
     engine("if not moments_of(engine) for p", "for p"),
     engine("bytes_of_whole(p) for p", "p.nbytes for p"),
+    Fault("runtime/flags.py", "except ValueError:", "except KeyError:"),
     ranks("cores() // int(", "cores() + 0 * int("),
     ranks("[is_out_of_ram(error)]", "[False]"),
     ranks("if args.offload and not cuda:", "if False:"),

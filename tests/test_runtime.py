@@ -136,9 +136,16 @@ def test_a_file_holds_flags_with_comments(parsed, tmp_path):
 def test_types_of_flags():
     assert number(0, 1)("0.5") == 0.5 and number(1, kind=int)("7") == 7
     assert shares("4,4,2") == [4, 4, 2] and shares("none") is None
-    for wrong in ("2", "nan", "-0.1"):
+    for wrong in ("2", "nan", "-0.1", "inf"):
         with pytest.raises(ArgumentTypeError, match="is not from 0 to 1"):
             number(0, 1)(wrong)
+    for kind, wrong, name in ((int, "1.5", "whole number"), (int, "1e3", "whole number"),
+                              (float, "auto", "number")):
+        with pytest.raises(ArgumentTypeError, match=f"{wrong} is not a {name}"):
+            number(1, kind=kind)(wrong)
+    for wrong in ("4,x,2", "4,4", "0,0,0", "nan,1,1", "-1,1,1", "", "1,1,inf"):
+        with pytest.raises(ArgumentTypeError, match=f"{wrong} is not three shares"):
+            shares(wrong)
 
 
 # ------------------------------------------------------------------------------------------------ schedule
