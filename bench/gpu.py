@@ -13,13 +13,13 @@ packages of requirements.txt and transformers, and no network. docs/clusters.md 
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -33,7 +33,10 @@ import torch
 from gpu_tools import LAUNCHER, ROOT, Check, Finding, Place
 
 from runtime.errors import BadInput, exit_with_one_line
+from runtime.flags import Flags, number, positive
+from runtime.folders import writing
 from runtime.gpu import gpu_is_usable
+from runtime.ranks import cores
 
 # Each part is a list of groups of checks. The checks of a group run side by side where the group has several:
 # correctness does not care. Where memory or time is measured, each check is alone on the GPU.
@@ -42,17 +45,20 @@ SECONDS, LEAST = 175, 5                      # of a part; with less time left, a
 MOST_JOBS = 8                                # side by side; each takes a gigabyte of the GPU
 
 
-def get_args():
-    parser = argparse.ArgumentParser(description="Checks this project on a GPU.")
-    parser.add_argument("--part", required=True, choices=PARTS)
-    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose names begin like this")
-    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds for the whole part")
-    parser.add_argument("--jobs", type=int, help="checks side by side in part a (half of the cores)")
-    parser.add_argument("--cpu", action="store_true", help="toy size on the CPU, whatever GPU there is")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="models, data and logs stay in DIR/PART")
-    parser.add_argument("--check", help="what each process is called with")
-    return parser.parse_args()
+def get_args() -> Namespace:
+    flags = Flags("Checks this project on a GPU.")
+    add = flags.group("the checks")
+    add("--part", required=True, choices=list(PARTS), help="correctness, memory, or speed")
+    add("--only", nargs="+", metavar="NAME", help="checks whose names begin like this")
+    add("--limit", type=number(LEAST), default=float(SECONDS), help="seconds for the whole part")
+    add("--jobs", type=positive, help="checks side by side in part a (half of the cores)")
+    add("--cpu", action="store_true", help="toy size on the CPU, whatever GPU there is")
+    add("--out", type=Path, help="file for the results, as JSON")
+    add("--folder", type=Path, metavar="DIR", help="models, data and logs stay in DIR/PART, a new folder")
+    add("--check", needs="--folder", help=argparse.SUPPRESS)       # what each process is called with
+    args = flags.parse_args()
+    flags.check_conditions(args)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ one check
@@ -87,7 +93,7 @@ def environment(args, check: Check, jobs: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items()
             if name not in (*LAUNCHER, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_LAUNCH_BLOCKING")}
     kept |= {"NVIDIA_TF32_OVERRIDE": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), "OMP_WAIT_POLICY": "passive"}
+             "OMP_NUM_THREADS": str(max(1, cores() // jobs)), "OMP_WAIT_POLICY": "passive"}
     if args.cpu or check.cpu:
         kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return kept
@@ -144,10 +150,18 @@ def show(result: dict):
         print(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |", flush=True)
 
 
+def find(part: str, name: str) -> list[Check]:
+    """The checks of a part whose names begin like this, the shortest first."""
+    checks = sorted((check for group in PARTS[part] for check in group), key=lambda check: len(check.name))
+    if not (found := [check for check in checks if check.name.startswith(name)]):
+        raise BadInput(f"{name}: is no check of part {part}, which has "
+                       f"{', '.join(sorted(check.name for check in checks))}")
+    return found
+
+
 def names(part: str, only: list[str] | None) -> set[str]:
     """The checks of a part: all, or those that `only` names and what they need."""
-    checks = {check.name: check for group in PARTS[part] for check in group}
-    chosen = [check for check in checks.values() if not only or check.name.startswith(tuple(only))]
+    chosen = [check for name in only or [""] for check in find(part, name)]
     return {name for check in chosen for name in (check.name, *check.needs)}
 
 
@@ -155,10 +169,11 @@ def run_part(args, folder: Path) -> list[dict]:
     """The results of all checks of the part that --only names. They are printed, and written, as they
     come."""
     start, results, running, wanted = time.monotonic(), [], set(), names(args.part, args.only)
+    write(args, results, 0.0)                # before anything runs, so that a wrong --out is known
     print("| check | what | measured | expected | |\n|---|---|---|---|---|", flush=True)
     for group in PARTS[args.part]:
         group = [check for check in group if check.name in wanted]
-        jobs = max(1, min(len(group), args.jobs or min(MOST_JOBS, (os.cpu_count() or 1) // 2)))
+        jobs = max(1, min(len(group), args.jobs or min(MOST_JOBS, cores() // 2)))
         run = partial(run_apart, args=args, folder=folder, deadline=start + args.limit, jobs=jobs,
                       running=running)
         with ThreadPoolExecutor(jobs) as pool:
@@ -184,21 +199,29 @@ def write(args, results: list[dict], seconds: float):
     if args.out:
         summary = {"part": args.part, "cpu": args.cpu, "seconds": seconds, "failed": failed(results),
                    "checks": results}
-        args.out.write_text(json.dumps(summary, indent=1) + "\n")
+        with writing(args.out, flag="--out "):
+            args.out.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def make_folder(args, temporary: str) -> Path:
+    """DIR/PART, or a part of the temporary folder. What is in a folder already is nothing of ours."""
+    folder = (args.folder or Path(temporary)).resolve() / args.part
+    with writing(folder, flag="--folder "):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise BadInput(f"--folder {args.folder}: {folder} holds files already; name another folder")
+    return folder
 
 
 def main() -> int:
     args = get_args()
     if args.check:
-        check = next(check for group in PARTS[args.part] for check in group if check.name == args.check)
-        run_here(check, args.folder, args.cpu)
+        run_here(find(args.part, args.check)[0], args.folder, args.cpu)
     if not args.cpu and not gpu_is_usable():
         raise BadInput("there is no GPU; --cpu runs the checks at toy size on the CPU")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        folder = (args.folder or Path(temporary)).resolve() / args.part
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder = make_folder(args, temporary)
         results = run_part(args, folder)
     n = sum(len(result["findings"]) for result in results)
     bad = failed(results)

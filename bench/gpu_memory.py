@@ -44,11 +44,11 @@ CLOSE, CLOSE_IN = (0.85, 1.05), {"generating": (0.6, 1.05)}
 # ------------------------------------------------------------------------------------------------ measuring
 class Peaks:
     """The most bytes that tensors take in each phase of a run: inside a call of the functions that are
-    named, and outside of them."""
+    named, and outside of them. reserved: the most that PyTorch has taken from a GPU."""
 
     def __init__(self, device: torch.device):
         self.live = LiveBytes() if device.type == "cpu" else None
-        self.most, self.stack = {}, ["the rest"]
+        self.most, self.stack, self.reserved = {}, ["the rest"], 0
 
     def end(self):
         """Notes the peak since the last call, and starts anew."""
@@ -56,7 +56,8 @@ class Peaks:
             peak, self.live.peak = self.live.peak, self.live.now
         else:
             peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()                   # of both
         self.most[self.stack[-1]] = max(peak, self.most.get(self.stack[-1], 0))
 
     def inside(self, owner: object, name: str, phase: str):
@@ -178,7 +179,7 @@ def measured(job: Job, place: Place) -> tuple[dict[str, float], dict[str, float]
         return peaks.most, {}
     free, total = free_memory()
     besides = total - free - torch.cuda.memory_reserved()          # if nobody else uses the GPU
-    return peaks.most, {"reserved": torch.cuda.max_memory_reserved(), "besides": besides}
+    return peaks.most, {"reserved": peaks.reserved, "besides": besides}
 
 
 PHASES = ("generating", "scoring", "actor", "critic")

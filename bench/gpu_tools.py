@@ -19,6 +19,7 @@ import llama
 import reward
 from llama import Llama, LlamaConfig
 from lora import add_lora, lora_layers, save_adapter
+from runtime.ranks import cores
 from runtime.tokenizer_write import copy_tokenizer
 
 # What a launcher sets for its processes.
@@ -85,7 +86,7 @@ def check_machine(place: Place) -> Iterator[Finding]:
     import transformers
     versions = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda}",
                 f"deepspeed {deepspeed.__version__}", f"transformers {transformers.__version__}",
-                f"Python {sys.version.split()[0]}", f"{os.cpu_count()} cores"]
+                f"Python {sys.version.split()[0]}", f"{cores()} cores"]
     yield Finding("versions", ", ".join(versions))
     if place.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()

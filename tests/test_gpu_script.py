@@ -22,6 +22,7 @@ from llama import Llama, LlamaConfig, rotate, sample
 from lora import load_model
 from reward import load_reward_model
 from runtime import speed
+from runtime.errors import exit_with_one_line
 from training import train
 
 sys.path.append(str(REPO / "bench"))
@@ -131,6 +132,48 @@ def test_an_exception_is_a_finding_with_its_words(monkeypatch, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
     assert [finding["what"] for finding in found] == ["x", "OutOfMemoryError"] and left == [1]
     assert found[1]["measured"] == "CUDA out of memory. Tried to allocate 2 GiB" and found[1]["ok"] is False
+
+
+def outcome(words, monkeypatch, capsys):
+    """(exit status, output, what is on standard error) of the script with these words; a check finds 1."""
+    def run_apart(check, **_):
+        return {"check": check.name, "seconds": 1.0, "findings": [gpu.asdict(Finding("x", 1.0, ok=True))]}
+
+    monkeypatch.setattr(gpu, "run_apart", run_apart)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        exit_with_one_line(lambda: sys.exit(gpu.main()))
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("words, said", [
+    ("", "--part"), ("--part d", "invalid choice: 'd'"),
+    ("--part a --only machine nonexistent", "nonexistent: is no check of part a, which has "),
+    ("--part a --jobs 0", "--jobs: 0 is not from 1"), ("--part a --jobs -5", "--jobs: -5 is not from 1"),
+    ("--part a --limit 0", "--limit: 0 is not from 5"), ("--part a --limit nan", "--limit: nan is not from"),
+    ("--part a --out {}/none/x.json", "--out {}/none/x.json: cannot be written (No such file"),
+    ("--part a --out {}", "--out {}: cannot be written (Is a directory)"),
+    ("--part a --folder {}/file", "--folder {}/file/a: cannot be written (Not a directory)"),
+    ("--part a --folder /proc/x", "--folder /proc/x/a: cannot be written"),
+    ("--part a --check machine", "--check has no effect without --folder"),
+    ("--part a --check foo --folder {}", "foo: is no check of part a")])
+def test_what_is_refused_is_one_line_and_no_check_runs_before(words, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    words = words.format(tmp_path).split() + ["--cpu"]
+    status, out, err = outcome(words, monkeypatch, capsys)
+    assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert said.format(tmp_path) in err
+
+
+def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    words = ["--part", "a", "--cpu", "--only", "machine", "--folder", tmp_path / "new", "--out",
+             tmp_path / "a.json"]
+    assert outcome(words, monkeypatch, capsys)[0] == 0
+    assert [x["check"] for x in json.loads((tmp_path / "a.json").read_text())["checks"]] == ["machine"]
+    (tmp_path / "new" / "a" / "thesis.txt").write_text("mine")
+    status, out, err = outcome(words, monkeypatch, capsys)
+    assert status == 2 and not out and "holds files already; name another folder" in err
+    assert (tmp_path / "new" / "a" / "thesis.txt").read_text() == "mine"
 
 
 def test_a_check_that_is_named_brings_what_it_needs():
@@ -348,6 +391,17 @@ def test_the_peak_of_a_phase_is_its_own():
     peaks.end()
     assert peaks.most["work"] == pytest.approx(44_000, abs=100)
     assert peaks.most["the rest"] == pytest.approx(12_000, abs=100)
+
+
+def test_what_pytorch_has_reserved_at_most_outlives_the_phases(monkeypatch):
+    now = {"allocated": 5, "reserved": 9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: now["reserved"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: now.update(allocated=2, reserved=4))
+    peaks = gpu_memory.Peaks(torch.device("cuda"))
+    peaks.end()
+    peaks.end()
+    assert peaks.reserved == 9 and peaks.most == {"the rest": 5}
 
 
 # ------------------------------------------------------------------------------------------------ speed
