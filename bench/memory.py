@@ -13,7 +13,6 @@ What a GPU adds is computed or, where it says so, estimated. docs/memory.md says
 
 --model is 1B, 7B, 13B or a LLaMA folder. Every flag of the trainer may stand there too.
 """
-import argparse
 import math
 import sys
 from argparse import Namespace
@@ -25,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama import LlamaConfig  # noqa: E402
 from runtime.errors import BadInput, exit_with_one_line  # noqa: E402
-from runtime.flags import accumulation_steps  # noqa: E402
+from runtime.flags import Flags, accumulation_steps, number, positive  # noqa: E402
 from runtime.gpu import answer_bytes, rows_at_once  # noqa: E402
+from runtime.ranks import check_stage  # noqa: E402
 
 MODELS = {"1B": LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                             num_attention_heads=32, num_key_value_heads=4),
@@ -39,6 +39,7 @@ CONTEXT = 1e9                                # CUDA, cuBLAS and NCCL: an estimat
 # Elements. The buckets on a GPU and on a CPU are runtime/engine.py's, the other numbers DeepSpeed's defaults.
 BUCKET, CPU_BUCKET, ALLREDUCE = 50_000_000, 2_000_000, 500_000_000
 LIVE, SUB_GROUP = 1_000_000_000, 1_000_000_000       # weights that ZeRO-3 keeps gathered, and updates at once
+ENGINES = {"sft": ["model"], "reward": ["model"], "ppo": ["actor", "critic"]}
 INPUTS = {"sft": "--model M --data D --out O", "reward": "--model M --data D --out O",
           "ppo": "--actor A --reward R --data D --out O"}
 
@@ -100,14 +101,21 @@ def n_adapter(job: Job) -> int:
     return job.config.num_hidden_layers * job.args.lora_rank * sum(a + b for a, b in pairs)
 
 
+def sizes(job: Job, engine: str) -> list[int]:
+    """The numbers of each weight that the engine trains."""
+    c, is_reward_model = job.config, job.step == "reward" or engine == "critic"
+    pairs = [matrices(c)[name] for name in trained_matrices(job)]
+    score = [c.hidden_size] * is_reward_model
+    if not job.full:
+        return [job.args.lora_rank * n for pair in pairs for n in pair] * c.num_hidden_layers + score
+    layer = [a * b for a, b in pairs] + [c.hidden_size] * 2
+    tables = [c.vocab_size * c.hidden_size] * (1 if c.tie_word_embeddings or is_reward_model else 2)
+    return layer * c.num_hidden_layers + tables + [c.hidden_size] + score
+
+
 def trained(job: Job) -> dict[str, int]:
     """{engine: the number of weights that it trains}."""
-    if job.full:
-        model, reward = n_weights(job.config), n_weights(job.config, is_reward_model=True)
-    else:
-        model, reward = n_adapter(job), n_adapter(job) + job.config.hidden_size
-    return {"sft": {"model": model}, "reward": {"model": reward},
-            "ppo": {"actor": model, "critic": reward}}[job.step]
+    return {engine: sum(sizes(job, engine)) for engine in ENGINES[job.step]}
 
 
 def frozen(job: Job) -> int:
@@ -165,11 +173,14 @@ def loading(job: Job) -> float:
     return job.width * (sum(trained(job).values()) + frozen(job) / (job.weights if apart else 1))
 
 
-def fetched(job: Job) -> dict[str, float]:
+def fetched(job: Job, engine: str = "") -> dict[str, float]:
     """Weights that ZeRO-3 has gathered for the layers that are computed now and next, and in full PPO what is
-    left of the network before. One GPU has all."""
-    networks = 2 if job.step == "ppo" and job.full else 1
-    return {"gathered": networks * job.width * min(n_weights(job.config), LIVE)} if job.weights > 1 else {}
+    left of the network before. One GPU has all. With two forward passes before a backward pass, ZeRO-3 gives
+    a weight back after the second backward through it, and so the actor is whole in between."""
+    n, is_full_ppo = n_weights(job.config), job.step == "ppo" and job.full
+    now = n if engine == "actor" and job.args.ptx_data and not job.args.checkpointing else min(n, LIVE)
+    before = min(n, LIVE) if is_full_ppo else 0
+    return {"gathered": job.width * (now + before)} if job.weights > 1 else {}
 
 
 def whole(job: Job) -> dict[str, float]:
@@ -272,13 +283,13 @@ def backward(job: Job, engine: str) -> dict[str, dict[str, float]]:
     to_cpu = job.stage == 2 and job.args.offload
     earlier = mine if several and not to_cpu else 0
     new = 0 if to_cpu and not several else mine          # what has nothing to be added to leaves at once
-    begins = {"gradients": earlier} | fetched(job) | activations(job, engine)
+    begins = {"gradients": earlier} | fetched(job, engine) | activations(job, engine)
     ends = {"gradients": new + (earlier if job.stage == 2 else 0), "largest": passing(job)}
     if job.stage in (1, 2):                  # there from the first gradient on; without ZeRO at the end alone
         begins["buckets"] = buckets(job, n)
     if job.stage < 3:
         ends["buckets"] = buckets(job, n)
-    return {"backward begins": begins, "backward ends": ends | fetched(job)}
+    return {"backward begins": begins, "backward ends": ends | fetched(job, engine)}
 
 
 def update(job: Job, engine: str) -> dict[str, float]:
@@ -352,10 +363,12 @@ def ram(job: Job) -> float:
     if not args.offload:
         return average
     total = 0
-    for n in numbers.values():
+    for engine, n in numbers.items():
         part = n / job.gpus
         copy = 4 * part if job.stage == 3 else pinned(job, 4 * part)
-        sums = job.width * part if job.stage < 3 and job.accumulation > 1 else 0         # of micro-batches
+        # of micro-batches, each weight for itself
+        sums = sum(pinned(job, job.width * size) for size in sizes(job, engine)) / job.gpus
+        sums = sums if job.stage < 3 and job.accumulation > 1 else 0
         total += 8 * part + copy + pinned(job, 4 * part) + pinned(job, job.width * part) + sums
     return average + job.gpus * total
 
@@ -382,15 +395,31 @@ def fits(job: Job) -> bool:
     return peak(job) <= USABLE * 1e9 * job.card
 
 
-def show(job: Job):
-    print(f"{job.step}.py on {job.gpus} GPU{'s' * (job.gpus > 1)}, GB (10**9 bytes) on each:")
+def check(job: Job):
+    """BadInput where the trainer would refuse the run."""
+    args, length = job.args, texts(job)[1]
+    check_stage(args)
+    if job.step == "ppo" and args.rollout_batch % args.mini_batch:
+        raise BadInput(f"--rollout-batch {args.rollout_batch} does not divide by --mini-batch "
+                       f"{args.mini_batch}")
+    if length > job.config.context:
+        flags = "--max-prompt + --max-new" if job.step == "ppo" else "--max-len"
+        raise BadInput(f"{flags}: {length} tokens are more than the model's context of {job.config.context}")
+    if job.bases > 1 and job.full:
+        raise BadInput("--bases has no effect without --lora-rank")
+
+
+def shown(job: Job) -> str:
+    """The phases of a run with their parts, and its peak."""
+    lines = [f"{job.step}.py on {job.gpus} GPU{'s' * (job.gpus > 1)}, GB (10**9 bytes) on each:"]
     for phase, parts in phases(job).items():
         named = ", ".join(f"{part} {n / 1e9:.1f}" for part, n in parts.items() if n >= 5e7)
-        print(f"{phase:>24} {sum(parts.values()) / 1e9:6.1f} = {named}")
+        lines.append(f"{phase:>24} {sum(parts.values()) / 1e9:6.1f} = {named}")
     needed = peak(job) / 1e9
     cards = [str(card) for card in CARDS if needed <= USABLE * card]
-    print(f"peak {needed:.1f} GB, " + (f"fits a card of {', '.join(cards)} GB" if cards else "fits no card")
-          + (f"; {ram(job) / 1e9:.0f} GB of RAM" if ram(job) else ""))
+    fit = f"fits a card of {', '.join(cards)} GB" if cards else "fits no card"
+    lines.append(f"peak {needed:.1f} GB, {fit}" + (f"; {ram(job) / 1e9:.0f} GB of RAM" if ram(job) else ""))
+    return "\n".join(lines)
 
 
 # Flags that save memory, in the order in which docs/memory.md tries them, by what they cost
@@ -423,21 +452,31 @@ def table(gpus: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The memory that a run takes on each GPU, computed.",
-                                     epilog="All other flags are the trainer's.", allow_abbrev=False)
-    parser.add_argument("--step", choices=list(INPUTS), help="the trainer; without it, the tables")
-    parser.add_argument("--model", default="7B", help="1B, 7B, 13B, or a LLaMA folder")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--card", type=float, default=80,
-                        help="GB of a GPU; ppo.py generates as many answers at a time as fit")
-    parser.add_argument("--bases", type=int, default=1, choices=[1, 2],
-                        help="2: actor and reward model of ppo.py are adapters on two LLaMAs")
-    args, words = parser.parse_known_args()
+def get_args() -> tuple[Namespace, list[str]]:
+    """The flags of this program, and all others, which are the trainer's."""
+    flags = Flags("The memory that a run takes on each GPU, computed. Flags of the trainer may follow.")
+    flags.allow_abbrev = False               # a short form may mean a flag of the trainer
+    add = flags.group("the run")
+    add("--step", choices=list(INPUTS), help="the trainer; without it, the tables")
+    add("--model", type=str, default="7B", needs="--step", help="1B, 7B, 13B, or a LLaMA folder")
+    add("--gpus", type=positive, default=1, needs="--step", help="of all machines together")
+    add("--card", type=number(1, 10_000), default=80.0, needs="--step",
+        help="GB of a GPU; ppo.py generates as many answers at a time as fit")
+    add("--bases", type=int, default=1, choices=[1, 2], needs="--step ppo",
+        help="2: actor and reward model are adapters on two LLaMAs")
+    args, words = flags.parse_known_args()
+    flags.check_conditions(args)
     if words and not args.step:
         raise BadInput(f"{words[0]}: has no effect without --step")
+    return args, words
+
+
+def main():
+    args, words = get_args()
     if args.step:
-        show(make_job(args.step, args.model, words, args.gpus, args.card, args.bases))
+        job = make_job(args.step, args.model, words, args.gpus, args.card, args.bases)
+        check(job)
+        print(shown(job))
     else:
         print(table(1), table(8), sep="\n", end="")
 

@@ -437,6 +437,8 @@ FAULTS = [
            "layers * kept_by_layer(job), kept_by_layer(job)"),
     memory("c.hidden_size * inputs, 3 * table", "c.hidden_size * inputs, 2 * table"),
     memory("float32(job) * n / job.optimisers", "float32(job) * n"),
+    memory("sum(pinned(job, job.width * size) for", "sum(job.width * size for"),
+    memory("job.args.ptx_data and not job.args.checkpointing else", "job.args.ptx_data else"),
     memory("new = 0 if to_cpu and not several else mine", "new = 0 if to_cpu else mine"),
 
     # votes

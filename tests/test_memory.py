@@ -17,7 +17,7 @@ from data import open_tokenizer
 from llama import Llama, LlamaConfig
 from lora import add_lora
 from reward import RewardModel
-from runtime.errors import BadInput
+from runtime.errors import BadInput, exit_with_one_line
 from runtime.tokenizer_write import copy_tokenizer
 
 sys.path.append(str(REPO / "bench"))
@@ -222,6 +222,32 @@ def test_the_peak_of_scoring_is_the_formula():
         assert 0.9 < live.peak / sum(memory.scoring(job).values()) < 1.1
 
 
+# ------------------------------------------------------------------------------------------------ engines
+@pytest.mark.parametrize("words, is_whole", [
+    ("", False), ("--ptx-data x", True), ("--ptx-data x --checkpointing", False)])
+def test_two_losses_in_a_backward_pass_leave_the_actor_whole_under_zero_3(words, is_whole):
+    """tests/test_runtime.py has DeepSpeed do it."""
+    job = memory.make_job("ppo", "7B", ["--zero-stage", "3", *words.split()], gpus=8)
+    for name, parts in memory.phases(job).items():
+        if name.partition(":")[0] in ("actor", "critic", "scoring") and "update" not in name:
+            whole = is_whole and name.startswith("actor")
+            of_this = 6_738_415_616 if whole else memory.LIVE
+            assert parts["gathered"] == 2 * (of_this + memory.LIVE), name
+
+
+@pytest.mark.parametrize("words", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("step", ["sft", "reward"])
+def test_the_sums_of_micro_batches_are_pinned_weight_by_weight(step, words):
+    config = tiny_config(tie_word_embeddings=step == "sft", hidden_size=24, intermediate_size=40)
+    once, often = (job_of(config, step, *words, "--offload", "--micro-batch", "2", "--batch", batch)
+                   for batch in ("2", "8"))
+    once.on_gpu = often.on_gpu = True
+    with torch.device("meta"):
+        numbers = [p.numel() for p in network_of(often).parameters() if p.requires_grad]
+    sums = sum(1 << (2 * n - 1).bit_length() for n in numbers)     # the next power of two
+    assert memory.ram(often) - memory.ram(once) == sums > 2 * sum(numbers)
+
+
 # ------------------------------------------------------------------------------------------------ the pages
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_the_page_has_the_tables_of_today(gpus):
@@ -255,6 +281,44 @@ def test_what_is_not_counted_is_refused():
     for words, message in (["--micro-bath", "2"], "did you mean --micro-batch"), (["--batch", "6"], "divide"):
         with pytest.raises(BadInput, match=message):
             memory.make_job("sft", "7B", words)
+
+
+def outcome(words, monkeypatch, capsys):
+    """(exit status, output, what is on standard error) of the program with these words."""
+    monkeypatch.setattr(sys, "argv", ["memory.py", *words.split()])
+    try:
+        exit_with_one_line(memory.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--step sft --gpus 0", "--gpus: 0 is not from 1"), ("--step sft --gpus -3", "--gpus: -3 is not from 1"),
+    ("--step sft --gpus x", "--gpus: x is not a whole number"), ("--step sft --gpus 3", "does not divide"),
+    *[(f"--step ppo --card {x}", f"--card: {x} is not from 1 to 10000") for x in ("0", "-5", "nan", "inf")],
+    ("--gpus 8", "--gpus has no effect without --step"), ("--card 24", "--card has no effect without --step"),
+    ("--model 13B", "--model has no effect without --step"), ("--bases 2", "--bases has no effect without"),
+    ("--step sft --bases 2", "--bases has no effect without --step ppo"),
+    ("--step ppo --bases 2", "--bases has no effect without --lora-rank"),
+    ("--step ppo --bases 3", "invalid choice: 3"), ("--step chat", "invalid choice: 'chat'"),
+    ("--step", "expected one argument"), ("--offload", "--offload: has no effect without --step"),
+    ("--step sft --offload --zero-stage 0", "--offload needs --zero-stage 1"),
+    ("--step sft --dtype fp16 --zero-stage 0", "--zero-stage 0 with fp16"),
+    ("--step ppo --rollout-batch 33", "--rollout-batch 33 does not divide by --mini-batch 32"),
+    ("--step ppo --max-prompt 100000", "--max-prompt + --max-new: 100256 tokens are more than"),
+    ("--step sft --max-len 100000", "--max-len: 100000 tokens are more than the model's context of 2048"),
+    ("--step ppo --lora-rank 8 --lora-targets foo", "--lora-targets foo: is not counted"),
+    ("--step sft --gen-batch 4", "unknown argument --gen-batch"), ("--step sft @nofile", "nofile")])
+def test_what_is_refused_is_one_line_and_nothing_is_printed_before(words, said, monkeypatch, capsys):
+    status, out, err = outcome(words, monkeypatch, capsys)
+    assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_flags_of_the_trainer_may_have_the_beginning_of_one_of_this_program(monkeypatch, capsys):
+    """--ste is the trainer's --steps, and not --step."""
+    assert outcome("--step sft --ste 3 --lora_rank=8 --gpus 2", monkeypatch, capsys)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------ whole runs

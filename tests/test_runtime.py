@@ -507,6 +507,21 @@ def few_layers_at_a_time(deepspeed, monkeypatch):
     monkeypatch.setattr(module, "initialize", smaller)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forward_passes_before_a_backward_pass_leave_a_network_whole(checkpointing, few_layers_at_a_time):
+    """As in update_actor with --ptx-data, and as bench/memory.py counts it (fetched)."""
+    model = tiny_llama(std=0.05, num_hidden_layers=8)
+    whole, found, model.model.checkpointing = resident(model), [], checkpointing
+    args = SimpleNamespace(**{**SETTINGS, "zero_stage": 3})
+    engine = make_engine(args, model, [*model.parameters()], 0.1, 8, 1, torch.float32)
+    model.model.layers[0].register_forward_hook(
+        lambda *texts: texts[-1].register_hook(lambda _: found.append(resident(model))) and None)
+    ids = torch.tensor([[1, 5, 9, 7]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    backward_and_step(engine, sum(engine(ids, mask).float().pow(2).mean() for _ in range(2)))
+    assert (max(found) > 0.8 * whole) == (not checkpointing) and resident(model) < 0.5 * whole
+
+
 @pytest.mark.parametrize("job", ["sft-full", "ppo"])
 def test_under_zero_3_what_is_saved_after_an_evaluation_is_whole(job, start, few_layers_at_a_time, tmp_path):
     expected = start(job, tmp_path / "whole", "--zero-stage 2")
