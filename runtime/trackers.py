@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from runtime.errors import first_line, without_controls
 
-# What --track imports. A folder of the package's name, such as wandb makes, has no such module.
+# A module of each package. A folder of the package's name, such as wandb makes, does not have it.
 MODULES = {"tensorboard": "tensorboard.summary.writer.record_writer", "wandb": "wandb.sdk"}
 # Variables of wandb that are set where the user has not. (A version that does not know one passes it over.)
 WANDB = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off",           # it prints nothing, and copies no output
@@ -33,7 +33,8 @@ def tracker(name: str) -> str:
     if name == "wandb":
         set_variables()                      # before the import, which reads some
     try:
-        importlib.import_module(MODULES[name])
+        for module in (name, MODULES[name]):
+            importlib.import_module(module)
     except Exception as error:               # beside a NumPy or protobuf that it does not fit: of every kind
         raise ArgumentTypeError(f"{name} cannot be imported ({first_line(error)}); "
                                 f"pip install {name}") from None

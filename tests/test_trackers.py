@@ -328,8 +328,8 @@ def test_another_name_or_a_missing_package_is_one_line_before_anything_is_read(p
         with pytest.raises(BadInput, match="--track: mlflow is not tensorboard or wandb") as error:
             parsed(script, words + "--track mlflow")
         assert error.value.everywhere
-        for name, module in MODULES.items():
-            monkeypatch.setitem(sys.modules, module, None)         # import raises, as if not installed
+        for name in MODULES:
+            monkeypatch.setitem(sys.modules, name, None)           # import raises, as if not installed
             with pytest.raises(BadInput, match=rf"--track: {name} cannot .*; pip install {name} ") as error:
                 parsed(script, words + f"--track {name}")
             assert error.value.everywhere
