@@ -27,7 +27,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,26 +42,30 @@ from runtime.flags import Flags, number
 from runtime.gpu import gpu_is_usable
 from runtime.kinds import Turns, clean_turns
 from runtime.screen import ask_for_vote, print_tally, show
-from runtime.votes import Pair, VoteFile, as_messages, draw_sides
+from runtime.votes import Pair, VoteFile, as_messages, check_vote, hidden, open_votes
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
 STOP = "\n\nHuman:"                          # an answer ends where the model writes this
 SMALL_MODEL = 3e7                            # parameters
 
-def get_args() -> Namespace:
-    flags = Flags("Talk to a model in a terminal.")
+def add_flags(flags: Flags) -> Callable:
+    """The flags of a chat, here and on the web page. Returns what adds more to their group."""
     add = flags.group("chat")
     add("--model", help="model folder, full or adapter")
     add("--versus", metavar="FOLDER", help="a second model, which answers every question too")
     add("--base", help="base model of an adapter, if not where its config says")
-    add("--prompt", help="answer this one question and exit")
     add("--vote", metavar="FILE", help="say which of the two answers is better; votes are added to this file")
-    add("--prompts", metavar="FILE", help="vote on answers to the questions of this file (docs/data.md)")
-    add("--temperature", type=SETTINGS["temperature"], default=0.7,
-        help="0 takes the likeliest word each time")
+    add("--temperature", type=SETTINGS["temperature"], default=0.7, help="0 takes the likeliest word")
     add("--top-p", type=SETTINGS["top_p"], default=0.9, help="sample from the likeliest words of this share")
     add("--max-tokens", type=SETTINGS["max_tokens"], default=256, help="tokens of an answer, at most")
     add("--seed", type=int, help="for the same answers every time")
+    return add
+
+def get_args() -> Namespace:
+    flags = Flags("Talk to a model in a terminal.")
+    add = add_flags(flags)
+    add("--prompt", help="answer this one question and exit")
+    add("--prompts", metavar="FILE", help="vote on answers to the questions of this file (docs/data.md)")
     return flags.parse("model")
 
 @dataclass
@@ -76,16 +80,17 @@ class Speaker:
 History = list[tuple[str, list[str]]]
 
 # ------------------------------------------------------------ answers
-def answer(speaker: Speaker, turns: Turns, args: Namespace, uniforms: Tensor) -> Iterator[str]:
+def answer(speaker: Speaker, turns: Turns, args: Namespace, uniforms: Tensor,
+           tell: Callable[[str], object] = print) -> Iterator[str]:
     """The model's answer to the turns (role, text), piece by piece. uniforms (1,max_tokens) are its random
-    numbers. BadInput where the question is too long."""
+    numbers. BadInput where the question is too long; tell gets a line where the conversation is."""
     tally, context = Counter(), speaker.model.config.context
     ids = encode_prompt(speaker.tokenizer, Record(clean_turns(turns)), context - args.max_tokens, tally)
     if ids is None:
-        raise BadInput(f"the question is too long for this model, and is forgotten: of its {context} tokens "
-                       f"--max-tokens keeps {args.max_tokens} for the answer")
+        raise BadInput(f"the question is too long for this model: of its {context} tokens --max-tokens keeps "
+                       f"{args.max_tokens} for the answer")
     if tally["prompts that lost their oldest turns"]:
-        print("[the conversation is too long for this model; its oldest turns are left out]")
+        tell("[the conversation is too long for this model; its oldest turns are left out]")
     ids, mask = (x.to(speaker.model.lm_head.weight.device) for x in collate_prompts([ids]))       # (1, P)
     steps = speaker.model.decode(ids, mask, args.max_tokens, args.temperature, top_p=args.top_p,
                                  eos_id=speaker.tokenizer.eos_ids, uniforms=uniforms.to(ids.device))
@@ -112,15 +117,19 @@ def length_of_partial_stop(text: str) -> int:
     """How many characters at the end of the text are the beginning of STOP."""
     return next((n for n in range(len(STOP) - 1, 0, -1) if text.endswith(STOP[:n])), 0)
 
-def ask(speakers: list[Speaker], conversations: list[Turns], args: Namespace) -> tuple[list[str], bool]:
-    """Prints and returns the answer of each speaker to its conversation, and whether Ctrl-C has stopped none.
-    BadInput before anything is printed where one of them cannot answer."""
+def start_answers(speakers: list[Speaker], conversations: list[Turns], args: Namespace,
+                  tell: Callable[[str], object] = print) -> tuple[list[Iterator[str]], bool]:
+    """The answer of each speaker to its conversation, and whether they may be read at once: one model answers
+    twice one after the other. BadInput where one of them cannot answer."""
     # the same numbers for all speakers: answers differ only where models do, except in a vote
     uniforms = torch.rand(len(speakers) if args.vote else 1, args.max_tokens).expand(len(speakers), -1)
-    streams = [answer(speaker, turns, args, row[None])
+    streams = [answer(speaker, turns, args, row[None], tell)
                for speaker, turns, row in zip(speakers, conversations, uniforms, strict=True)]
-    is_one_model = len({id(speaker.model) for speaker in speakers}) == 1
-    return show([speaker.name for speaker in speakers], streams, at_once=not is_one_model)
+    return streams, len({id(speaker.model) for speaker in speakers}) == len(speakers)
+
+def ask(speakers: list[Speaker], conversations: list[Turns], args: Namespace) -> tuple[list[str], bool]:
+    """Prints and returns all answers, and whether Ctrl-C has stopped none."""
+    return show([speaker.name for speaker in speakers], *start_answers(speakers, conversations, args))
 
 def reply(speakers: list[Speaker], history: History, question: str, args: Namespace,
           votes: VoteFile | None) -> list[str]:
@@ -143,7 +152,7 @@ def turns_of(history: History, i: int) -> Turns:
 def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteFile) -> str | None:
     """Prints two answers without their models' names, asks which one is better, and writes the vote. Returns
     the better answer, at a tie the left one, or None where there was no vote."""
-    sides = [replace(speakers[i], name=side) for i, side in zip(draw_sides(), "AB", strict=True)]
+    sides = hidden(speakers)
     texts, are_whole = ask(sides, [turns, turns], args)
     if not are_whole:
         print("[stopped: there is no vote, and the question is forgotten]")
@@ -151,9 +160,10 @@ def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteF
     if texts[0] == texts[1]:
         print("[both answers are the same: there is no vote]")
         return texts[0]
-    key = ask_for_vote(Pair(turns, texts, [side.folder for side in sides]), votes, args)
-    print(without_controls(f"[A was {sides[0].folder}, B was {sides[1].folder}]"))
-    return {"a": texts[0], "b": texts[1], "t": texts[0], "s": None}[key]
+    pair = Pair(turns, texts, [side.folder for side in sides])
+    key = ask_for_vote(pair, votes, args)
+    print(f"[{pair.names()}]")
+    return pair.winner(key)
 
 def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace, votes: VoteFile):
     """Votes on answers to the prompts that the file of votes does not have yet."""
@@ -179,7 +189,9 @@ def run_command(line: str, speakers: list[Speaker], history: History, args: Name
     name, value = name.lower().replace("-", "_"), value.strip()
     if name in SETTINGS:
         if value:
-            setattr(args, name, read_setting(name, value, speakers))
+            read = read_setting(name, value, speakers)
+            check_vote(Namespace(**vars(args) | {name: read}))
+            setattr(args, name, read)
         print(f"[{name} is {getattr(args, name)}]")
     elif name == "help":
         print(__doc__[__doc__.index("    /"):].rstrip())
@@ -277,23 +289,14 @@ def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
         torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return model
 
-def open_votes(args: Namespace) -> tuple[VoteFile | None, list[Record]]:
-    """The file of --vote, and the prompts of --prompts, each once. BadInput where other flags do not go with
-    them."""
-    if not args.vote:
-        if args.prompts:
-            raise BadInput("--prompts has the questions of a vote; give --vote FILE too")
-        return None, []
-    if not args.versus or args.prompt is not None:
-        raise BadInput("--vote needs --versus, a second model or the same one again, and no --prompt")
-    if args.temperature == 0 and Path(args.model).resolve() == Path(args.versus).resolve():
-        raise BadInput("--vote: at --temperature 0 a model gives the same answer twice")
+def read_prompts(args: Namespace) -> list[Record]:
+    """The prompts of --prompts, each once."""
     records = read_records(args.prompts) if args.prompts else []
-    return VoteFile(args.vote), list({record.prompt: record for record in records if record.turns}.values())
+    return list({record.prompt: record for record in records if record.turns}.values())
 
 def main():
     args = get_args()
-    votes, prompts = open_votes(args)
+    prompts, votes = read_prompts(args), open_votes(args)
     speakers = load_speakers(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)

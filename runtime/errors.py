@@ -1,5 +1,6 @@
 """What the program says to a user who did something wrong, or who should know something."""
 import functools
+import html
 import os
 import sys
 import unicodedata
@@ -12,6 +13,10 @@ def without_controls(text: str) -> str:
     a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
                    and not "\u202a" <= c <= "\u202e" and not "\u2066" <= c <= "\u2069")
+
+def as_html(text: str) -> str:
+    """The text as HTML that shows it and nothing more. Gradio would also fill in {{x}}, ${x}, @children."""
+    return html.escape(without_controls(text)).translate({ord(c): f"&#{ord(c)};" for c in "{}$@`\\"})
 
 @functools.cache
 def note(text: str):

@@ -28,10 +28,10 @@ MADE_BY = {"toy/made": "python -m toy", "runs/toy/sft": "deepspeed sft.py",
 
 class Flags(argparse.ArgumentParser):
     """An ArgumentParser whose errors are BadInput. @FILE reads flags from a file, with comments; --a_b is
-    --a-b."""
+    --a-b. prog: how the program is called, where it is no script."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, usage="%(prog)s [flags]", fromfile_prefix_chars="@")
+    def __init__(self, description: str, prog: str | None = None):
+        super().__init__(prog, "%(prog)s [flags]", description, fromfile_prefix_chars="@")
         self.known, self.conditions = ["--help"], []
 
     def group(self, title: str) -> Callable:
@@ -63,9 +63,9 @@ class Flags(argparse.ArgumentParser):
         project's folder. args.defaults has the default of each flag."""
         words = [with_hyphens(word) for word in sys.argv[1:]]
         if all(word.startswith("--local-rank") for word in words):
-            script = Path(self.prog).stem
+            script = Path(self.prog.split()[-1]).stem              # web, of python -m web
             if os.environ.get("RANK", "0") == "0":
-                print(f"{script}.py: no flags given, so the toy's are taken: @toy/{script}.args", flush=True)
+                print(f"{self.prog}: no flags given, so the toy's are taken: @toy/{script}.args", flush=True)
             os.chdir(PROJECT)
             words = [f"@toy/{script}.args"]
         args, unknown = self.parse_known_args(words)
@@ -77,7 +77,7 @@ class Flags(argparse.ArgumentParser):
         self.check_conditions(args)
         dependent = {key(name): default for name, _, _, default in self.conditions}
         args.defaults = vars(self.parse_known_args([])[0]) | dependent
-        for name in ("model", "actor", "reward", "versus", "data"):
+        for name in ("model", "actor", "reward", "versus", "run", "data"):
             for path in [value] if isinstance(value := getattr(args, name, None), str) else value or []:
                 check_toy(path)
         return args

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, as_html
 from runtime.folders import writing
 from runtime.ranks import say
 from runtime.trackers import Tracker
 
 SECONDS_BETWEEN_CURVES = 60
+WIDTH, HEIGHT, POINTS = 320, 150, 300        # of a panel of the web page, and of a curve in it
 
 class Log:
     """curves: {title of a panel: the metrics in it}. start: the steps that a resumed run has behind it."""
@@ -146,3 +147,45 @@ def moving_mean(y: np.ndarray) -> np.ndarray:
     """The mean over a twelfth of the points around each, over fewer at the ends."""
     window = np.ones(1 + len(y) // 12)
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+
+# ------------------------------------------------------------ for the web page
+def read_lines(file: Path) -> list[dict]:
+    """The lines of metrics.jsonl or samples.jsonl, of which a run may be writing the last."""
+    lines = []
+    with suppress(OSError):
+        for line in file.read_bytes().splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+def panels_as_html(lines: list[dict], curves: dict[str, list[str]]) -> str:
+    """The panels of curves.png as SVG, in the colours of the page. The classes are in web/page.css."""
+    panels = ""
+    for title, keys in curves.items():
+        series = {key: points for key in keys if len(points := points_of(lines, key))}
+        if series:
+            panels += panel_as_html(title, series)
+    return f'<div class="panels">{panels}</div>'
+
+def points_of(lines: list[dict], key: str) -> np.ndarray:
+    """(N,3): step, value and moving mean. What was not finite is null in the file."""
+    found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    x, y = np.array(found, dtype=float).reshape(-1, 2).T
+    return np.stack([x, y, moving_mean(y)] if found else [x, y, y], axis=1)[::1 + len(x) // POINTS]
+
+def panel_as_html(title: str, series: dict[str, np.ndarray]) -> str:
+    together = np.concatenate([*series.values()])
+    last, low, high = together[:, 0].max(), together[:, 1].min(), together[:, 1].max()
+    drawn, names = "", ""
+    for n, (key, points) in enumerate(series.items()):
+        x = WIDTH * points[:, 0] / (last or 1)
+        dots, line = (HEIGHT * (high - points[:, i]) / ((high - low) or 1) for i in (1, 2))
+        drawn += "".join(f'<circle class="c{n}" cx="{a:.1f}" cy="{b:.1f}" r="1.6"/>'
+                         for a, b in zip(x, dots, strict=True))
+        way = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, line, strict=True))
+        drawn += f'<polyline class="c{n}" points="{way}"/>'
+        names += f'<b class="c{n}">{key} {points[-1, 1]:.4g}</b>'
+    return (f'<figure><figcaption>{as_html(title)}<span>{names}</span></figcaption><div class="axis">'
+            f'<span>{high:.3g}</span><span>{low:.3g}</span></div><svg role="img" '
+            f'aria-label="{as_html(title)}" viewBox="-4 -4 {WIDTH + 8} {HEIGHT + 8}">{drawn}</svg>'
+            f'<div class="steps"><span>step 0</span><span>{last:.0f}</span></div></figure>')

@@ -14,9 +14,10 @@ import random
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,38 @@ class Pair:
     models: list[str]                        # the folders, in the same order
     shown: float = field(default_factory=time.monotonic)
 
+    def names(self) -> str:
+        """What is said after the vote."""
+        return without_controls(f"A was {self.models[0]}, B was {self.models[1]}")
+
+    def winner(self, key: str) -> str | None:
+        """The answer with which the conversation goes on after a vote: at a tie the left one, None after a
+        skip."""
+        return {"a": self.texts[0], "b": self.texts[1], "t": self.texts[0], "s": None}[key]
+
+def open_votes(args: Namespace) -> "VoteFile | None":
+    """The file of --vote. BadInput where the other flags do not go with it."""
+    if args.prompts and not args.vote:
+        raise BadInput("--prompts has the questions of a vote; give --vote FILE too")
+    check_vote(args)
+    return VoteFile(args.vote) if args.vote else None
+
+def check_vote(args: Namespace):
+    """BadInput where there would be no two answers to vote on."""
+    if not args.vote:
+        return
+    if not args.versus or args.prompt is not None:
+        raise BadInput("--vote needs --versus, a second model or the same one again, and no --prompt")
+    if args.temperature == 0 and Path(args.model).resolve() == Path(args.versus).resolve():
+        raise BadInput("--vote: at --temperature 0 a model gives the same answer twice")
+
 def draw_sides() -> list[int]:
     """[0, 1] or [1, 0]: which of two models answers left, and which right."""
     return random.SystemRandom().sample([0, 1], 2)
+
+def hidden(speakers: list) -> list:
+    """Two speakers of a chat under the names A and B, in an order that is drawn by lot."""
+    return [replace(speakers[i], name=side) for i, side in zip(draw_sides(), "AB", strict=True)]
 
 def as_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": ROLES[role], "content": text} for role, text in turns]

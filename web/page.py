@@ -1,0 +1,147 @@
+"""The three tabs in Gradio, and what happens at each button. talk.py, run.py and rows.py do the work."""
+from collections.abc import Callable, Iterator
+
+from runtime.errors import BadInput, as_html
+from runtime.votes import standing_votes, tally
+from web.rows import STEPS, rows_as_html
+from web.run import curves_as_html, last_change, samples_as_html
+from web.talk import Site, Talk, settings
+
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}    # this machine's
+SECONDS_BETWEEN_LOOKS = 2                    # at the files of a training
+VOTES = {"a": "A is better (a)", "b": "B is better (b)", "t": "Tie (t)", "s": "Skip (s)"}
+BUTTONS = {"send": "Send", "stop": "Stop", "retry": "Retry", "undo": "Undo (u)", "clear": "New"}
+HIDDEN = {"show_progress": "hidden"}
+QUICK = {"show_progress": "hidden", "queue": False}
+QUEUED = {"show_progress": "minimal", "concurrency_id": "network", "concurrency_limit": 1}
+FOCUS = "() => window.focusNext()"           # page.js
+
+def build(site: Site):
+    """The page, a gradio.Blocks."""
+    import gradio as gr
+    with gr.Blocks(title="alpaca-rlhf", analytics_enabled=False, fill_width=True) as page:
+        with gr.Tab("chat"):
+            ChatTab(site).connect()
+        with gr.Tab("run"):
+            run_tab(site)
+        with gr.Tab("data"):
+            data_tab(site)
+    return page
+
+# ------------------------------------------------------------ chat
+class ChatTab:
+    """The parts of the tab, and what each event does. Every browser has its own Talk; `site` is shared."""
+
+    def __init__(self, site: Site):
+        import gradio as gr
+        args, context = site.args, min(speaker.model.config.context for speaker in site.speakers)
+        self.site, self.talk = site, gr.State(Talk(site.votes))
+        with gr.Column(elem_id="talk"):
+            self.past, self.now = gr.HTML(past_as_html(site, Talk(None))), gr.HTML()
+        self.message = gr.HTML(elem_id="message")
+        with gr.Row(visible=False) as self.row:
+            self.votes = {key: gr.Button(VOTES[key], elem_id=f"vote-{key}", min_width=90) for key in VOTES}
+        self.box = gr.Textbox(show_label=False, placeholder="Question", max_lines=8, max_length=10**6,
+                              autofocus=True, elem_id="question")
+        with gr.Row():
+            self.buttons = {key: gr.Button(BUTTONS[key], elem_id=key, min_width=60) for key in BUTTONS}
+        with gr.Accordion("Sampling", open=False):
+            top = max(2, args.temperature)
+            self.sampling = [gr.Slider(0, top, args.temperature, step=0.05, label="temperature"),
+                             gr.Slider(0, 1, args.top_p, step=0.01, label="top_p"),
+                             gr.Slider(1, context - 1, args.max_tokens, step=1, label="max_tokens")]
+        self.tally = gr.HTML(tally_as_html(site), visible=site.votes is not None)
+
+    def connect(self):
+        talk, box, buttons, seed = self.talk, self.box, self.buttons, self.site.args.seed
+        outputs = [self.past, self.now, self.message, self.row, self.tally, box]
+        for event, inputs, name in ((buttons["send"].click, [talk, box], "ask"),
+                                    (box.submit, [talk, box], "enter"),
+                                    (buttons["retry"].click, [talk], "retry")):
+            event(self.doing(Talk.begin), inputs, outputs, api_name=name, **QUICK).then(
+                self.answer, [talk, *self.sampling], outputs, api_name=f"answer_{name}", **QUEUED).then(
+                None, js=FOCUS)
+        for name, act in (("undo", Talk.undo), ("clear", Talk.clear)):
+            buttons[name].click(self.doing(act), talk, outputs, api_name=name, **QUICK)
+        buttons["stop"].click(lambda talk: setattr(talk, "is_stopped", True), talk, api_name="stop", **QUICK)
+        for key, button in self.votes.items():
+            vote = self.doing(lambda talk, key=key: talk.vote(key, seed))
+            button.click(vote, talk, outputs, api_name=f"vote_{key}", **QUICK).then(None, js=FOCUS)
+
+    def shown(self, talk: Talk) -> dict:
+        """All that the page shows of a conversation."""
+        import gradio as gr
+        return {self.past: past_as_html(self.site, talk), self.now: talk.as_html() if talk.question else "",
+                self.message: as_html(talk.message), self.row: gr.Row(visible=talk.pair is not None),
+                self.tally: tally_as_html(self.site)}
+
+    def doing(self, act: Callable) -> Callable:
+        """The event that changes a conversation by act(talk), or by act(talk, text of the box), which is then
+        empty. What is wrong is said."""
+        def event(talk, *text):
+            try:
+                act(talk, *text)
+            except BadInput as error:
+                return self.shown(talk) | {self.message: as_html(str(error))}
+            return self.shown(talk) | ({self.box: ""} if text else {})
+        return event
+
+    def answer(self, talk: Talk, temperature: float, top_p: float, max_tokens: float) -> Iterator[dict]:
+        """Streams the answers to the question that has been taken in, if one has."""
+        if not talk.is_busy:
+            return
+        question = talk.question
+        try:
+            args = settings(self.site, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+            for _ in talk.answer(self.site, args):
+                yield {self.now: talk.as_html()}
+        except BadInput as error:
+            talk.message, talk.is_busy, talk.question = str(error), False, ""
+            yield {self.box: question}
+        yield self.shown(talk)
+
+def past_as_html(site: Site, talk: Talk) -> str:
+    who = "Two models, under the names A and B," if site.votes else " and ".join(
+        dict.fromkeys(speaker.folder for speaker in site.speakers))
+    return "".join(talk.past[:-1] if talk.question and talk.is_again else talk.past) or (
+        "" if talk.question else f'<p class="empty">{as_html(who)} will answer. Type a question.</p>')
+
+def tally_as_html(site: Site) -> str:
+    """What chat.py shows at /votes."""
+    try:
+        lines = tally(standing_votes(site.votes.path)) if site.votes else []
+    except (BadInput, OSError) as error:     # OSError: the file has vanished
+        lines = [f"no tally: {error}"]
+    return f'<ul class="faint">{"".join(f"<li>{as_html(line)}</li>" for line in lines)}</ul>'
+
+# ------------------------------------------------------------ run, data
+def run_tab(site: Site):
+    import gradio as gr
+    curves, page, samples = gr.HTML(), gr.Number(1, label="page of questions", precision=0), gr.HTML()
+    drawn = gr.State()                       # the state of the files that this browser shows
+
+    def draw(page, before):
+        if before == (after := last_change(site.run)):
+            return [gr.skip()] * 3
+        return curves_as_html(site.run), samples_as_html(site.run, page), after
+
+    gr.Timer(SECONDS_BETWEEN_LOOKS).tick(draw, [page, drawn], [curves, samples, drawn], api_name="run",
+                                         **HIDDEN)
+    page.change(lambda page: samples_as_html(site.run, page), page, samples, api_name="samples", **HIDDEN)
+
+def data_tab(site: Site):
+    import gradio as gr
+    context = site.speakers[0].model.config.context
+    with gr.Row(visible=site.records is not None):
+        inputs = [gr.Radio([*STEPS], value="sft", label="step"),
+                  gr.Number(min(site.args.max_len, context), label="--max-len, --max-prompt", precision=0),
+                  gr.Number(1, label="page", precision=0)]
+
+    def show(*values):
+        try:
+            return rows_as_html(site, *values)
+        except BadInput as error:
+            return f'<p class="empty">{as_html(str(error))}</p>'
+
+    rows = gr.HTML(show(*(part.value for part in inputs)))
+    gr.on([part.change for part in inputs], show, inputs, rows, api_name="rows", **HIDDEN)
