@@ -109,13 +109,19 @@ case "${1:-}" in
         environment requirements.txt
         show python -m toy.seeds 1 2 3 4 5
         show python -m toy.seeds --lora 1 2 3 ;;
+    web)
+        environment requirements.txt web/requirements.txt
+        [ -d runs/toy/ppo ] || demo
+        shift
+        echo "+ python -m web @toy/web.args $*"
+        exec .venv/bin/python -m web @toy/web.args "$@" ;;
     test)
-        environment requirements.txt tests/requirements.txt
+        environment requirements.txt web/requirements.txt tests/requirements.txt
         shift
         echo "+ python -m pytest tests $*"
         exec .venv/bin/python -m pytest tests "$@" ;;
     faults)
-        environment requirements.txt tests/requirements.txt
+        environment requirements.txt web/requirements.txt tests/requirements.txt
         shift
         if [ "${1:-}" = --sample ]; then
             show python -m pytest tests --sample 6
@@ -132,6 +138,8 @@ case "${1:-}" in
         echo "       ./run.sh vote     the human in RLHF: you vote on pairs of answers, the"
         echo "                         reward model learns your taste, and PPO follows;"
         echo "                         --as sure or --as curt: a rule votes in your place"
+        echo "       ./run.sh web      the web page on the demo's models; with its flags, such"
+        echo "                         as --vote FILE or --port 8000"
         echo "       ./run.sh test     all tests, with pytest's options; -m 'not slow' leaves"
         echo "                         out those that train or start the launcher"
         echo "       ./run.sh hacking  PPO with and without the KL term against a poor reward"

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from runtime.ranks import say
 from runtime.trackers import Tracker
 
 SECONDS_BETWEEN_CURVES = 60
-WIDTH, HEIGHT, POINTS = 320, 150, 300        # of a panel of the web page, and of a curve in it
+# The web page: size of a panel, points of a curve; questions on a page, steps, and what is said of an answer.
+WIDTH, HEIGHT, POINTS = 320, 150, 300
+ROWS, COLUMNS, NUMBERS = 12, 6, ("score", "gold", "kl")
 
 class Log:
     """curves: {title of a panel: the metrics in it}. start: the steps that a resumed run has behind it."""
@@ -189,3 +192,39 @@ def panel_as_html(title: str, series: dict[str, np.ndarray]) -> str:
             f'<span>{high:.3g}</span><span>{low:.3g}</span></div><svg role="img" '
             f'aria-label="{as_html(title)}" viewBox="-4 -4 {WIDTH + 8} {HEIGHT + 8}">{drawn}</svg>'
             f'<div class="steps"><span>step 0</span><span>{last:.0f}</span></div></figure>')
+
+def samples_as_html(lines: list[dict], page: float | None) -> str:
+    """A table of samples.jsonl: a row for each held-out question, a column for some of the steps."""
+    answers = defaultdict(list)              # {step: samples}; the questions come in the same order each time
+    for line in lines:
+        answers[line["step"]].append(line)
+    if not answers:
+        return '<p class="empty">ppo.py writes answers to held-out questions. This run has none yet.</p>'
+    steps = [[*answers][round(i)] for i in np.linspace(0, len(answers) - 1, min(COLUMNS, len(answers)))]
+    n = len(answers[steps[0]])
+    pages = math.ceil(n / ROWS)
+    page = min(max(int(page or 1), 1), pages)
+    rows = "".join(sample_row([answers[step][i] for step in steps if i < len(answers[step])])
+                   for i in range(n)[(page - 1) * ROWS:page * ROWS])
+    heads = "".join(f"<th>step {step}</th>" for step in steps)
+    return (f"<p>{n:,} held-out questions, page {page} of {pages:,}. Green marks the best score of a row. A "
+            f'pale answer repeats the one before.</p><table class="samples"><thead><tr><th>question</th>'
+            f"{heads}</tr></thead><tbody>{rows}</tbody></table>")
+
+def sample_row(samples: list[dict]) -> str:
+    question = str(samples[0].get("prompt")).strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+    best, before, cells = max(score_of(sample) for sample in samples), None, ""
+    for sample in samples:
+        text = str(sample.get("response"))
+        kind = "same " * (text == before) + "best" * (score_of(sample) == best)
+        numbers = "  ".join(f"{key}\u00a0{sample[key]:.2f}" for key in NUMBERS
+                            if isinstance(sample.get(key), int | float))
+        cells += (f'<td class="{kind}" data-step="step {sample["step"]}"><div class="text">{as_html(text)}'
+                  f'</div><div class="faint">{numbers}</div></td>')
+        before = text
+    return f'<tr><th scope="row" class="text">{as_html(question)}</th>{cells}</tr>'
+
+def score_of(sample: dict) -> float:
+    """The score as it is shown; the same answer scores a little differently in another batch."""
+    score = sample.get("score")
+    return round(score, 2) if isinstance(score, int | float) else -math.inf

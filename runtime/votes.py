@@ -154,8 +154,9 @@ def is_vote(row: object) -> bool:
             and str(row["vote"]) in KEYS and isinstance(row["models"], list) and len(row["models"]) == 2)
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a file of votes; an empty one has none. BadInput where a line is something else."""
-    rows = list(read_rows(path)) if path.stat().st_size else []
+    """The lines of a file of votes; one that is empty, or has vanished, has none. BadInput where a line is
+    something else."""
+    rows = list(read_rows(path)) if path.exists() and path.stat().st_size else []
     for where, row in rows:
         if not is_vote(row) and not (isinstance(row, dict) and row.keys() == {"undo"}):
             raise BadInput(f"--vote: {where} is no vote; name another file, or one that is not there yet")

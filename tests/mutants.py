@@ -54,6 +54,9 @@ TESTS = {
        for part in ("", "_tools", "_correct", "_memory", "_speed")},
     "bench/memory.py": ["test_memory.py", "test_clusters.py"],
     **{f"toy/{name}.py": ["test_vote_lesson.py"] for name in ("rules", "vote")},
+    "runtime/errors.py": ["test_runtime.py", "test_web.py"],
+    "runtime/log.py": ["test_runtime.py", "test_web.py"],
+    **{f"web/{name}.py": ["test_web.py"] for name in ("__main__", "talk", "rows", "run", "page")},
 }
 
 
@@ -77,6 +80,9 @@ votes, screen = (partial(Fault, f"runtime/{name}.py") for name in ("votes", "scr
                  "checkpoint", "speed", "trackers", "tokenizer_read", "tokenizer_convert", "tokenizer_write"))
 memory = partial(Fault, "bench/memory.py")
 rules, vote = (partial(Fault, f"toy/{name}.py") for name in ("rules", "vote"))
+program, talk, shown_rows, page, log, errors = (
+    partial(Fault, name) for name in ("web/__main__.py", "web/talk.py", "web/rows.py", "web/page.py",
+                                      "runtime/log.py", "runtime/errors.py"))
 
 on_gpu, tools, correct, peaks, speed_of = (
     partial(Fault, f"bench/gpu{part}.py") for part in ("", "_tools", "_correct", "_memory", "_speed"))
@@ -430,6 +436,35 @@ FAULTS = [
     speed_of("(layer + attention)", "layer"),
     speed_of("within(what, limit / seconds, low, high)", "within(what, limit / seconds, low, 1e9)"),
 
+    # the web page: whose answer, whose vote, what is shown, and text that stays text
+    errors('for c in "{}$@`\\\\"', 'for c in "}$@`\\\\"'),
+    errors("html.escape(without_controls(text))", "without_controls(text)"),
+    talk("                    if self.is_stopped:", "                    if False:"),
+    talk("elif self.votes and self.texts[0] != self.texts[1]", "elif self.votes"),
+    talk("if self.votes and self.is_stopped:", "if False:"),
+    talk("[winner] * 2", "self.texts"),
+    talk("len(self.history) - self.is_again", "len(self.history)"),
+    talk("self.history[:-1] if self.is_again else self.history", "self.history"),
+    talk("self.question if self.pair else \"\"", "\"\""),
+    talk("with site.lock:", "if True:"),
+    talk("turns_of(before, i)", "turns_of(before, 0)"),
+    talk("    check_vote(args)\n", ""),
+    talk("self.is_busy, self.question = False, self", "self.question = self"),
+    shown_rows("\"prompt\" if label == -100", "\"prompt\" if label == 0"),
+    shown_rows("int(mask[n].sum()) - 1", "int(mask[n].sum())"),
+    shown_rows("len(rows) + i, start", "i, start"),
+    shown_rows("[len(row) - n_prompt:]", "[len(row):]"),
+    shown_rows("i < n + start if i >= n else not has_system", "i < n + start"),
+    shown_rows("column + (len(run) if kind == \"padding\" else 1)", "column + 1"),
+    log("HEIGHT * (high - points[:, i])", "HEIGHT * points[:, i]"),
+    log("* ROWS:page * ROWS]", "* ROWS:]"),
+    log("[::1 + len(x) // POINTS]", ""),
+    program("max_file_size=1,", ""),
+    program("args.password is None:", "args.password:"),
+    program("< LOWEST", "> LOWEST"),
+    page("if not talk.is_busy:\n            return", "if False:\n            return"),
+    page("talk.pair is not None", "talk.pair is None"),
+
     # the calculator of memory: what is kept, divided, copied
     memory('("gate_proj", "up_proj"): C', '("gate_proj", "up_proj"): 0'),
     memory("4 * C + (job.width * C if job.full else 0)", "4 * C"),
@@ -456,9 +491,9 @@ FAULTS = [
     votes("strengths = (wins.sum(-1) + 1) / met", "strengths = wins.sum(-1) / met"),
     data("and not are_votes(file)", ""),
     chat("if args.vote else 1", "if False else 1"),
-    chat('zip(draw_sides(), "AB", strict=True)', 'zip([0, 1], "AB", strict=True)'),
+    votes('zip(draw_sides(), "AB", strict=True)', 'zip([0, 1], "AB", strict=True)'),
     chat("ask(sides, [turns, turns], args)", "ask(speakers, [turns, turns], args)"),
-    chat('{"a": texts[0], "b": texts[1],', '{"a": texts[1], "b": texts[0],'),
+    votes('{"a": self.texts[0], "b": self.texts[1],', '{"a": self.texts[1], "b": self.texts[0],'),
     chat("if not votes.was_asked(record.turns)", "if True"),
     chat("if texts[0] == texts[1]:", "if False:"),
     screen("if line in KEYS:", "if line in KEYS and not votes.given:"),

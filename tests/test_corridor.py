@@ -17,7 +17,8 @@ CELLAR = ["errors", "gpu", "speed", "patterns", "foreign", "folders", "adapters"
           "ranks", "engine", "log", "checkpoint"]
 ALLOWED = {**{name: SEVEN[:i] for i, name in enumerate(SEVEN)}, "chat": SEVEN[:3]}
 # only inside the functions that use them
-LATE = {"deepspeed", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "wandb"}
+LATE = {"deepspeed", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "wandb", "gradio", "fastapi",
+        "uvicorn"}
 
 
 def imported(nodes):
@@ -54,9 +55,15 @@ def test_the_toy_imports_llama_and_data_only(file):
     assert imported(ast.walk(ast.parse(file.read_text()))) & {*SEVEN} <= {"llama", "data"}
 
 
+@pytest.mark.parametrize("file", sorted((REPO / "web").glob("*.py")), ids=lambda file: file.name)
+def test_the_page_imports_its_packages_late_and_nothing_of_the_toy(file):
+    tree = ast.parse(file.read_text())
+    assert not imported(tree.body) & LATE and not imported(ast.walk(tree)) & {"toy", "bench"}
+
+
 def test_importing_the_files_prints_and_changes_nothing():
-    code = (f"import os, sys; before = dict(os.environ); import {', '.join(SEVEN)}; "
-            "assert os.environ == before; assert not {'deepspeed', 'matplotlib'} & sys.modules.keys()")
+    code = (f"import os, sys; before = dict(os.environ); import {', '.join(SEVEN)}, web.__main__; "
+            f"assert os.environ == before; assert not {LATE} & sys.modules.keys()")
     words = [sys.executable, "-c", code, "--no-such-flag"]
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -84,7 +84,7 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_is_named_exists(page):
-    sources = "".join(file.read_text() for part in (".", "runtime", "toy", "bench", "tests")
+    sources = "".join(file.read_text() for part in (".", "runtime", "toy", "web", "bench", "tests")
                       for file in (REPO / part).glob("*.py") if file != Path(__file__))
     flags = set(re.findall(r'"(--[a-z][\w-]+)"', sources))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())) - FOREIGN

@@ -9,7 +9,6 @@ import os
 import secrets
 import socket
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +19,11 @@ from runtime.errors import BadInput, exit_with_one_line, note
 from runtime.flags import AsDictionary, Flags, column, number, positive
 from runtime.kinds import check_columns
 from runtime.votes import open_votes
+from web.page import build
 from web.talk import Site
 
 LOWEST = (6, 20)                             # Gradio's version; web/requirements.txt says why
-# What a browser may load: nothing from another host. Gradio's own scripts need the two "unsafe" words.
+# A browser may load nothing from another host. Gradio's own scripts need the two "unsafe" words.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 
 def get_args() -> Namespace:
@@ -47,12 +47,12 @@ def get_args() -> Namespace:
 
 def run_folder(args: Namespace) -> Path | None:
     """The folder of --run. Without it that of --model, or the toy's, if a trainer has written it."""
-    for folder in map(Path, [args.run] if args.run else [args.model, "runs/toy/ppo"]):
-        if (folder / "args.json").exists():
-            return folder
-    if args.run:
+    folders = map(Path, [args.run] if args.run else [args.model, "runs/toy/ppo"])
+    runs = [folder for folder in folders
+            if (folder / "args.json").exists() or (folder / "metrics.jsonl").exists()]
+    if args.run and not runs:
         raise BadInput(f"--run {args.run}: has no args.json, so it is not the --out folder of a training")
-    return None
+    return runs[0] if runs else None
 
 def check_gradio():
     """BadInput where Gradio is missing or too old. Switches off its analytics and its record of runs."""
@@ -68,28 +68,28 @@ def check_gradio():
 
 def listen(args: Namespace) -> socket.socket:
     """Takes the port, before the weights load. BadInput where it is busy, or no port of this machine."""
-    if args.host not in ("127.0.0.1", "localhost", "::1") and args.password is None:
+    if args.host not in ("127.0.0.1", "localhost") and args.password is None:
         note(f"--host {args.host}: without --password, everyone who reaches this machine can use the page")
     try:
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        return socket.create_server((args.host, args.port), family=family)
+        return socket.create_server((args.host, args.port))
     except OSError as error:
         raise BadInput(f"--host {args.host}, --port {args.port}: cannot be used ({error.strerror}); another "
                        f"page may be open there, choose another port") from None
 
-def make_app(site: Site) -> Callable:
-    """The page as an ASGI app."""
+def make_server(site: Site):
+    """The page's server, a uvicorn.Server, which is then run on a socket."""
     import gradio as gr
+    import uvicorn
     from fastapi import FastAPI
-
-    from web.page import FONTS, build
-    password, folder = site.args.password, Path(__file__).parent
+    password, folder, bare = site.args.password, Path(__file__).parent, FastAPI(docs_url=None, redoc_url=None)
     auth = password and (lambda _, word: secrets.compare_digest(word.encode(), password.encode()))
-    return gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), build(site), path="/", footer_links=[],
-        auth=auth, auth_message="Any name will do.", max_file_size=1, ssr_mode=False, mcp_server=False,
-        pwa=False, enable_monitoring=False, show_error=False, theme=gr.themes.Default(**FONTS),
+    app = gr.mount_gradio_app(
+        bare, build(site), "/", footer_links=[], auth=auth, auth_message="Any name will do.", max_file_size=1,
+        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, show_error=False,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css_paths=folder / "page.css", js=(folder / "page.js").read_text())
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1,
+                                         headers=[("Content-Security-Policy", POLICY)]))
 
 def main():
     args = get_args()
@@ -97,17 +97,14 @@ def main():
     if args.data:
         check_columns(args.columns or {}, [args.data])
     records = read_records(args.data, columns=args.columns) if args.data else None
-    server = listen(args)
+    port = listen(args)
     check_gradio()
     site = Site(args, load_speakers(args), votes, run, records)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    import uvicorn
-    config = uvicorn.Config(make_app(site), log_level="critical", timeout_graceful_shutdown=1,
-                            headers=[("Content-Security-Policy", POLICY)])
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"The page: http://{host}:{args.port}  (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[server])
+    server = make_server(site)
+    print(f"The page: http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
+    server.run(sockets=[port])
 
 if __name__ == "__main__":
     exit_with_one_line(main)

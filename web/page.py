@@ -1,17 +1,16 @@
 """The three tabs in Gradio, and what happens at each button. talk.py, run.py and rows.py do the work."""
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from runtime.errors import BadInput, as_html
 from runtime.votes import standing_votes, tally
 from web.rows import STEPS, rows_as_html
-from web.run import curves_as_html, last_change, samples_as_html
+from web.run import last_change, run_as_html
 from web.talk import Site, Talk, settings
 
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}    # this machine's
 SECONDS_BETWEEN_LOOKS = 2                    # at the files of a training
 VOTES = {"a": "A is better (a)", "b": "B is better (b)", "t": "Tie (t)", "s": "Skip (s)"}
 BUTTONS = {"send": "Send", "stop": "Stop", "retry": "Retry", "undo": "Undo (u)", "clear": "New"}
-HIDDEN = {"show_progress": "hidden"}
 QUICK = {"show_progress": "hidden", "queue": False}
 QUEUED = {"show_progress": "minimal", "concurrency_id": "network", "concurrency_limit": 1}
 FOCUS = "() => window.focusNext()"           # page.js
@@ -20,12 +19,9 @@ def build(site: Site):
     """The page, a gradio.Blocks."""
     import gradio as gr
     with gr.Blocks(title="alpaca-rlhf", analytics_enabled=False, fill_width=True) as page:
-        with gr.Tab("chat"):
-            ChatTab(site).connect()
-        with gr.Tab("run"):
-            run_tab(site)
-        with gr.Tab("data"):
-            data_tab(site)
+        for name, tab in (("chat", ChatTab), ("run", run_tab), ("data", data_tab)):
+            with gr.Tab(name):
+                tab(site)
     return page
 
 # ------------------------------------------------------------ chat
@@ -40,17 +36,20 @@ class ChatTab:
             self.past, self.now = gr.HTML(past_as_html(site, Talk(None))), gr.HTML()
         self.message = gr.HTML(elem_id="message")
         with gr.Row(visible=False) as self.row:
-            self.votes = {key: gr.Button(VOTES[key], elem_id=f"vote-{key}", min_width=90) for key in VOTES}
+            self.votes = {key: gr.Button(VOTES[key], elem_id=f"vote-{key}", size="md", min_width=120)
+                          for key in VOTES}
         self.box = gr.Textbox(show_label=False, placeholder="Question", max_lines=8, max_length=10**6,
                               autofocus=True, elem_id="question")
         with gr.Row():
-            self.buttons = {key: gr.Button(BUTTONS[key], elem_id=key, min_width=60) for key in BUTTONS}
+            self.buttons = {key: gr.Button(BUTTONS[key], elem_id=key, size="sm", min_width=50)
+                            for key in BUTTONS}
         with gr.Accordion("Sampling", open=False):
             top = max(2, args.temperature)
             self.sampling = [gr.Slider(0, top, args.temperature, step=0.05, label="temperature"),
                              gr.Slider(0, 1, args.top_p, step=0.01, label="top_p"),
                              gr.Slider(1, context - 1, args.max_tokens, step=1, label="max_tokens")]
         self.tally = gr.HTML(tally_as_html(site), visible=site.votes is not None)
+        self.connect()
 
     def connect(self):
         talk, box, buttons, seed = self.talk, self.box, self.buttons, self.site.args.seed
@@ -76,8 +75,7 @@ class ChatTab:
                 self.tally: tally_as_html(self.site)}
 
     def doing(self, act: Callable) -> Callable:
-        """The event that changes a conversation by act(talk), or by act(talk, text of the box), which is then
-        empty. What is wrong is said."""
+        """The event of act(talk), or of act(talk, text of the box). What is wrong is said."""
         def event(talk, *text):
             try:
                 act(talk, *text)
@@ -110,7 +108,7 @@ def tally_as_html(site: Site) -> str:
     """What chat.py shows at /votes."""
     try:
         lines = tally(standing_votes(site.votes.path)) if site.votes else []
-    except (BadInput, OSError) as error:     # OSError: the file has vanished
+    except BadInput as error:                # another program has written something else
         lines = [f"no tally: {error}"]
     return f'<ul class="faint">{"".join(f"<li>{as_html(line)}</li>" for line in lines)}</ul>'
 
@@ -118,30 +116,22 @@ def tally_as_html(site: Site) -> str:
 def run_tab(site: Site):
     import gradio as gr
     curves, page, samples = gr.HTML(), gr.Number(1, label="page of questions", precision=0), gr.HTML()
-    drawn = gr.State()                       # the state of the files that this browser shows
+    drawn = gr.State()                       # what this browser shows: the page, and the state of the files
 
     def draw(page, before):
-        if before == (after := last_change(site.run)):
+        if before == (after := [page, *last_change(site.run)]):
             return [gr.skip()] * 3
-        return curves_as_html(site.run), samples_as_html(site.run, page), after
+        return *run_as_html(site.run, page), after
 
-    gr.Timer(SECONDS_BETWEEN_LOOKS).tick(draw, [page, drawn], [curves, samples, drawn], api_name="run",
-                                         **HIDDEN)
-    page.change(lambda page: samples_as_html(site.run, page), page, samples, api_name="samples", **HIDDEN)
+    gr.on([gr.Timer(SECONDS_BETWEEN_LOOKS).tick, page.change], draw, [page, drawn], [curves, samples, drawn],
+          api_name="run", **QUICK)
 
 def data_tab(site: Site):
     import gradio as gr
-    context = site.speakers[0].model.config.context
+    length, show = min(site.args.max_len, site.speakers[0].model.config.context), partial(rows_as_html, site)
     with gr.Row(visible=site.records is not None):
         inputs = [gr.Radio([*STEPS], value="sft", label="step"),
-                  gr.Number(min(site.args.max_len, context), label="--max-len, --max-prompt", precision=0),
+                  gr.Number(length, label="--max-len, --max-prompt", precision=0),
                   gr.Number(1, label="page", precision=0)]
-
-    def show(*values):
-        try:
-            return rows_as_html(site, *values)
-        except BadInput as error:
-            return f'<p class="empty">{as_html(str(error))}</p>'
-
-    rows = gr.HTML(show(*(part.value for part in inputs)))
-    gr.on([part.change for part in inputs], show, inputs, rows, api_name="rows", **HIDDEN)
+    rows = gr.HTML(show("sft", length, 1))
+    gr.on([part.change for part in inputs], show, inputs, rows, api_name="rows", **QUICK)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import data
 from data import Record, Tokenizer
-from runtime.errors import BadInput, as_html
+from runtime.errors import as_html
 from web.talk import Site
 
 Tokens = list[tuple[int | str, str]]         # (id or text, kind)
@@ -26,12 +26,12 @@ LEGEND = {
             "answer": "the actor writes it in training; rewards and losses are at its tokens only"}}
 
 def rows_as_html(site: Site, step: str, max_len: float | None, page: float | None) -> str:
-    """A page of rows as a batch of a step, with a legend. BadInput where the length makes no sense."""
+    """A page of rows as a batch of a step, with a legend."""
     if site.records is None:
         return '<p class="empty">No data is shown. Name a file: python -m web --data FILE</p>'
     context, n = site.speakers[0].model.config.context, len(site.records)
     if not max_len or not 1 <= max_len <= context:
-        raise BadInput(f"--max-len: {max_len} is not from 1 to {context}, the context of the model")
+        return f'<p class="empty">--max-len is not from 1 to {context}, the context of the model.</p>'
     pages = math.ceil(n / ROWS)
     page = min(max(int(page or 1), 1), pages)
     legend = "".join(f'<li><span class="t {kind}">{kind}</span> {what}</li>'
@@ -56,8 +56,7 @@ def batch_as_html(tokenizer: Tokenizer, step: str, records: list[Record], max_le
                  f"{record_as_html(tokenizer, record, prompt)}</details></div>")
     return html
 
-# ------------------------------------------------------------ the batch of each step
-# Each function takes the rows of a batch and returns for each of them {name: Tokens}.
+# ------------------------------------------------------------ the batch of each step, {name: tokens} of a row
 def sft_batch(tokenizer: Tokenizer, rows: list[tuple[Record, tuple]]) -> list[dict[str, Tokens]]:
     batch, tensors = [], (x.tolist() for x in data.collate_sft([row for _, row in rows]))
     for (record, (row, n_prompt)), ids, mask, labels in zip(rows, *tensors, strict=True):

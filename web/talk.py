@@ -112,7 +112,7 @@ class Talk:
         if not self.pair and not self.history:
             raise BadInput("nothing has been said yet")
         if self.pair:
-            self.message = "the vote before is taken back" if self.votes.undo() else "there is no vote to take back"
+            self.message = "the last vote is taken back" if self.votes.undo() else "there is no vote yet"
             return
         question, _ = self.history.pop()
         is_undone = self.votes and self.votes.undo([*turns_of(self.history, 0), ("Human", question)])
@@ -130,9 +130,9 @@ class Talk:
         for i, (name, text) in enumerate(zip(self.names, self.texts, strict=True)):
             kind = "running" if self.is_busy else "won" if i == chosen else "lost" if chosen >= 0 else ""
             text = as_html(text) or ("" if self.is_busy else '<i class="faint">an empty answer</i>')
-            answers += (f'<div class="answer {kind}"><div class="name">{as_html(name)}</div>'
+            answers += (f'<div class="reply {kind}"><div class="faint">{as_html(name)}</div>'
                         f'<div class="text">{text}</div></div>')
-        return f'<div class="question">{as_html(self.question)}</div><div class="answers">{answers}</div>'
+        return f'<div class="question">{as_html(self.question)}</div><div class="replies">{answers}</div>'
 
 def in_turn(streams: list[Iterator[str]]) -> Iterator[list[str]]:
     """The pieces of streams that must be read one after the other."""
