@@ -14,14 +14,15 @@ def gpu_is_usable() -> bool:
     the CPU, for weeks. DS_ACCELERATOR=cpu says that the CPU is meant, and so does CUDA_VISIBLE_DEVICES=,
     which DeepSpeed's launcher replaces."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""        # CUDA reads it when it is asked first, which is now
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""        # CUDA reads it when it is asked first: not yet
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")      # PyTorch does not raise: it returns False, and warns why
         usable = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     has_gpu = DRIVER.exists() and any(Path("/dev").glob("nvidia[0-9]*"))
     warned = [str(warning.message) for warning in caught if "CUDA" in str(warning.message)]
-    if usable or hidden or not (has_gpu or warned):
+    if usable or not (has_gpu or warned):
         return usable
     why = f"PyTorch {torch.__version__} is built for a CPU alone"
     if torch.version.cuda:
