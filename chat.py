@@ -296,7 +296,7 @@ def read_prompts(args: Namespace) -> list[Record]:
 
 def main():
     args = get_args()
-    prompts, votes = read_prompts(args), open_votes(args)
+    votes, prompts = open_votes(args), read_prompts(args)
     speakers = load_speakers(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)

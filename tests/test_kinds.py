@@ -516,7 +516,7 @@ def test_columns_without_an_equals_sign_are_refused():
 
 def test_where_more_is_dropped_than_kept_the_error_says_why_and_not_split(tmp_path, rows_of):
     write(tmp_path / "rows.jsonl", *[DROPPED["role"]] * 9, {"messages": [WHY, SO]})
-    with pytest.raises(BadInput, match="one batch of 2; 9 conversations dropped: a role") as caught:
+    with pytest.raises(BadInput, match="or the rows more; 9 conversations dropped: a role") as caught:
         rows_of("--eval-share", 0)
     assert "--split" not in str(caught.value)
 

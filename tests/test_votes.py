@@ -307,7 +307,7 @@ def vote(talk, base, adapter, tmp_path, monkeypatch):
     """A function that votes in chat.py on answers of base and adapter; returns what is printed. Base stands
     left, unless order is [1, 0]."""
     def run(typed, *flags, order=(0, 1), other=adapter):
-        monkeypatch.setattr(chat, "draw_sides", lambda: list(order))
+        monkeypatch.setattr(votes, "draw_sides", lambda: list(order))
         return talk("--model", base, "--versus", other, "--vote", run.file, *SAMPLED, *flags, typed=typed)
     run.file = tmp_path / "votes.jsonl"
     return run
