@@ -464,7 +464,6 @@ FAULTS = [
     program("args.password is None:", "args.password:"),
     program("< LOWEST", "> LOWEST"),
     page("if not talk.is_busy:\n            return", "if False:\n            return"),
-    page("talk.pair is not None", "talk.pair is None"),
 
     # the calculator of memory: what is kept, divided, copied
     memory('("gate_proj", "up_proj"): C', '("gate_proj", "up_proj"): 0'),

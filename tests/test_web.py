@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -27,6 +28,7 @@ from runtime.log import panels_as_html, read_lines, samples_as_html
 from runtime.votes import standing_votes
 from web import __main__ as program
 from web import rows, run
+from web.page import ChatTab
 from web.talk import Talk, settings
 from web_page import answers, made_up_site, served, wait_for
 
@@ -72,6 +74,8 @@ def test_both_models_answer_and_the_conversation_goes_on_with_each_ones_own(plai
     assert seen == [[[("Human", "why"), ("Assistant", f"{folder} says why"), ("Human", "and")]
                      for folder in ("runs/ppo", "runs/sft")]]
     assert not talk.question and len(talk.past) == 2 and "runs/sft says and" in talk.past[1]
+    asked(talk, plain_site)                  # once more: the models do not see their last answer
+    assert seen[1] == seen[0] and len(talk.history) == 2
 
 
 def test_the_answers_are_those_of_chat_py(base, monkeypatch, capsys):
@@ -280,6 +284,14 @@ def test_settings_out_of_range_are_refused(values, wrong, site):
         settings(site, **values)
 
 
+def test_a_question_that_was_refused_is_not_answered(site):
+    talk, tab = Talk(site.votes), SimpleNamespace(site=site)
+    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == []     # nothing was asked
+    asked(talk, site, "why")
+    pair = talk.pair
+    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == [] and talk.pair is pair
+
+
 def test_settings_of_one_browser_are_not_those_of_another(site):
     mine = settings(site, temperature=0.1, top_p=1, max_tokens=7.0)
     assert (mine.temperature, mine.top_p, mine.max_tokens, mine.vote) == (0.1, 1.0, 7, site.args.vote)
@@ -376,7 +388,9 @@ def test_the_samples_are_a_row_per_question_and_a_column_per_step(tmp_path):
     assert table[1][:6] == ["answer 0 to 24", *["answer 6 to 24"] * 5]
     assert re.findall(r'td class="(.*?)"', page)[:6] == ["", "", "same ", "same ", "same ", "same best"]
     assert "page 3 of 3" in page and run.run_as_html(tmp_path / "run", 99)[1] == page
-    assert "page 1 of 3" in run.run_as_html(tmp_path / "run", None)[1]
+    first = run.run_as_html(tmp_path / "run", None)[1]
+    assert "page 1 of 3" in first and re.findall(r'"row" class="text">(.*?)<', first) == [
+        f"q{i}?" for i in range(12)]
 
 
 # -------------------------------------------------------------------------------------- data
