@@ -159,6 +159,8 @@ def test_curves_and_samples_follow_a_training(tokenizer_file, monkeypatch, chrom
             log.write({"step": step, "score": float(step), "kl": 0.1})
         page.until("document.body.innerText.includes('step 5,')")
         assert page.js("document.querySelectorAll('figure')[0].querySelectorAll('circle').length") == 5
+        line = "getComputedStyle(document.querySelector('polyline'))"
+        assert page.js(f"{line}.fill") == "none" and page.js(f"{line}.stroke") not in ("none", "rgb(0, 0, 0)")
         log.write({"step": 6, "score": 6.0})
         (tmp_path / "samples.jsonl").write_text('{"step": 0, "prompt": "p", "response": "first"}\n')
         page.until("document.body.innerText.includes('step 6,') && document.querySelector('.samples')")
