@@ -87,7 +87,7 @@ def make_server(site: Site):
         bare, build(site), "/", footer_links=[], auth=auth, auth_message="Any name will do.", max_file_size=1,
         ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, show_error=False,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=folder / "page.css", js=(folder / "page.js").read_text())
+        css_paths=folder / "page.css", head=f"<script>{(folder / 'page.js').read_text()}</script>")
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1,
                                          headers=[("Content-Security-Policy", POLICY)]))
 

@@ -1,4 +1,4 @@
-() => {
+{
     const find = (id) => document.getElementById(id), isShown = (element) => element && element.offsetParent;
     const keys = {a: "vote-a", b: "vote-b", t: "vote-t", s: "vote-s", u: "undo", Escape: "stop"};
     document.addEventListener("keydown", ({key, target, ctrlKey, altKey, metaKey, repeat}) => {
@@ -13,5 +13,5 @@
     document.addEventListener("scroll", ({target: {id, scrollHeight, scrollTop, clientHeight}}) => {
         if (id === "talk") isAtEnd = scrollHeight - scrollTop - clientHeight < 40; }, true);
     new MutationObserver(() => { if (isAtEnd && find("talk")) find("talk").scrollTop = 1e9; })
-        .observe(document.body, {subtree: true, childList: true, characterData: true});
+        .observe(document, {subtree: true, childList: true, characterData: true});
 }
