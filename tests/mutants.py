@@ -460,7 +460,6 @@ FAULTS = [
     log("HEIGHT * (high - points[:, i])", "HEIGHT * points[:, i]"),
     log("* ROWS:page * ROWS]", "* ROWS:]"),
     log("[::1 + len(x) // POINTS]", ""),
-    program("max_file_size=1,", ""),
     program("args.password is None:", "args.password:"),
     program("< LOWEST", "> LOWEST"),
     page("if not talk.is_busy:\n            return", "if False:\n            return"),

@@ -56,6 +56,8 @@ def group(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._WORLD_GROUP = None           # or its next engine in this process would use the destroyed one
 
 
 @pytest.fixture(autouse=True)
