@@ -524,6 +524,7 @@ FAULTS = [
     trackers("id=self.file.read_text() if self.file.exists() else None", "id=None"),
     trackers("if step >= self.first:", "if step > self.first:"),
     trackers('"wandb": "wandb.sdk"', '"wandb": "wandb"'),
+    vote("            stopped = error", "            stopped = None"),
 ]
 
 
