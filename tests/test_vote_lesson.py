@@ -292,6 +292,9 @@ def test_what_the_votes_say_about_a_taste(trained):
 
 def test_the_agreement_is_told_in_votes(trained):
     assert toy.vote.agreement(trained) == (4, 9, 10)
+    said = toy.vote.in_words(4, 9, 10)
+    assert "agreed with 4 of 10 held-out votes before" in said and "9 of 10 (90 %; 95 % interval" in said
+    assert "More votes are needed" in toy.vote.in_words(4, 7, 10) and "More votes" not in said
 
 
 def test_the_page_shows_answers_and_numbers_before_and_after_ppo(trained, capsys):
@@ -338,7 +341,7 @@ def test_the_lesson_from_end_to_end_by_a_rule_on_a_small_world(monkeypatch, tmp_
             deepspeed=f'#!/bin/sh\nexec {python.parent / "deepspeed"} "$@"\n')
     monkeypatch.setattr(toy.base, "STEPS", 150)                    # it learns the words, and few facts
     toy.make(made=project / "toy" / "made")
-    for name, old, new in [("sft.args", "epochs 2", "epochs 1"), ("vote.py", '"steps": 60', '"steps": 15'),
+    for name, old, new in [("sft.args", "epochs 2", "steps 80"), ("vote.py", '"steps": 60', '"steps": 15'),
                            ("ppo.args", "prompts 1000", "prompts 64")]:
         text = (project / "toy" / name).read_text()
         assert text.count(old) == 1

@@ -11,7 +11,8 @@ PPO follows it. `./run.sh vote` runs this.
     python -m toy.vote --as sure      # a rule of toy/rules.py votes in your place
 
 The demo's reward model already knows right answers from wrong ones, which 50 votes can hardly teach. It is
-trained further on the votes alone: among its own 9,060 pairs, 50 votes would have next to no weight.
+trained further on the votes alone: in one training with its own 9,060 pairs, 50 votes changed nothing
+(docs/results.md).
 """
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from runtime.errors import BadInput, exit_with_one_line
 from runtime.flags import Flags, number
-from runtime.votes import VoteFile, habits, in_share, standing_votes
+from runtime.votes import VoteFile, habits, in_share, standing_votes, wilson
 from toy import MADE, world
 from toy.gold import FACT_OF, gold, question_of
 from toy.rules import HOPES, RULES, share_of_hoped, shuffled_questions, vote_by_rule
@@ -185,6 +186,12 @@ def agreement(folder: Path) -> tuple[int, int, int]:
     before, after = before_and_after(read_lines(folder / "reward" / "metrics.jsonl"), "accuracy")
     return round(before * n), round(after * n), n
 
+def in_words(before: int, after: int, n: int) -> str:
+    """What came out of reward.py, from the numbers of agreement()."""
+    more = " More votes are needed to see whether it does better than that." * (wilson(after, n)[0] < 0.5)
+    return (f"the reward model agreed with {before} of {n} held-out votes before the step, and after it with "
+            f"{in_share(after, n)}. Guessing reaches 50 %.{more}")
+
 def answers(folder: Path) -> tuple[list[dict], list[dict]]:
     """The answers to held-out questions before PPO and after it."""
     rows = read_lines(folder / "ppo" / "samples.jsonl")
@@ -233,9 +240,7 @@ def main():
 
     tell(REWARD_MODEL.format(start=ALONE if args.alone else FURTHER))
     show(command("reward", SEED, folder, **reward_flags(folder, args.alone)))
-    before, after, n = agreement(folder)
-    tell(f"Result: the reward model agreed with {before} of {n} held-out votes before the step, and after it "
-         f"with {in_share(after, n)}. Guessing reaches 50 %.")
+    tell("Result: " + in_words(*agreement(folder)))
 
     tell(PPO)
     show(command("ppo", SEED, folder, **ppo_flags(folder)))
