@@ -274,7 +274,8 @@ def trained(tmp_path):
     write(tmp_path / "reward" / "metrics.jsonl", [{"step": 0, "accuracy": 0.4}, {"step": 5, "loss": 0.1},
                                                   {"step": 100, "accuracy": 0.9}])
     write(tmp_path / "reward" / "reward_stats.json", [{"mean": 0.0, "std": 1.0, "n": 10, "accuracy": 0.9}])
-    ends = {"eval_score": (-0.1, 2.2), "gold": (0.44, 0.65), "eval_length": (6.9, 12.0), "eval_kl": (0, 3.5)}
+    ends = {"eval_score": (-0.1, 2.2), "gold": (0.44, 0.65), "eval_length": (6.9, 12.0),
+            "eval_kl": (0.0, 3.5)}
     write(tmp_path / "ppo" / "metrics.jsonl", [{"step": 60 * i, **{key: end[i] for key, end in ends.items()}}
                                                for i in (0, 1)])
     prompt = "\n\nHuman: Do you know the capital of {}?\n\nAssistant:".format
@@ -326,7 +327,7 @@ def test_the_table_has_a_line_before_the_votes_and_one_for_each_number_of_them(t
     toy.how_many.main()
     head, rule, *rows = [re.split(r" *\| *", row)[1:-1] for row in capsys.readouterr().out.splitlines()]
     assert {len(head), len(rule), *map(len, rows)} == {8}
-    assert rows == [["sure", "0", "0.00", "0.40", "0.00", "0.44", "6.9", "0.00"],
+    assert rows == [["sure", "0", "0", "0.40", "0.00", "0.44", "6.9", "0.00"],
                     ["sure", "10", "102 (101 to 102)", "0.90", "1.00", "0.65", "12.0", "3.5"],
                     ["sure", "400", "4002 (4001 to 4002)", "0.90", "1.00", "0.65", "12.0", "3.5"]]
     assert steps[:3] == [("reward", 1, "sure-10-1"), ("ppo", 1, "sure-10-1"), ("reward", 2, "sure-10-2")]

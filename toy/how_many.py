@@ -1,6 +1,6 @@
 """How many votes does the lesson need? A rule votes in it, for several numbers of votes and several seeds.
 
-    python -m toy.how_many                       # both rules, 10 to 400 votes, three seeds
+    python -m toy.how_many                       # both rules, 10 to 400 votes, three seeds: half an hour
     python -m toy.how_many --alone               # the reward model learns from the votes alone
     python -m toy.how_many --rules curt --votes 25 50 --seeds 1
 
@@ -37,7 +37,7 @@ def line(rule: str, n: int, points: list[list[float]]) -> str:
     """A line of the table: for each column the mean over the seeds, and the range where they differ."""
     cells = [rule, str(n)]
     for values in zip(*points, strict=True):
-        digits = 0 if max(values) > 50 else 1 if max(values) > 1.5 else 2
+        digits = 0 if isinstance(values[0], int) else 1 if max(values) > 1.5 else 2
         low, middle, high = (f"{x:.{digits}f}" for x in (min(values), mean(values), max(values)))
         cells.append(middle if low == high else f"{middle} ({low} to {high})")
     return f"| {' | '.join(cells)} |"

@@ -35,7 +35,7 @@ HOPES: dict[str, tuple[str, Callable[[str, str], bool]]] = {
 
 def share_of_hoped(rule: str, rows: list[dict]) -> float:
     """The share of the answers in rows of samples.jsonl that are as the rule hopes."""
-    return mean(HOPES[rule][1](question_of(row["prompt"]), row["response"].strip()) for row in rows)
+    return mean(float(HOPES[rule][1](question_of(row["prompt"]), row["response"].strip())) for row in rows)
 
 def key_of(rule: str, question: str, left: str, right: str) -> str:
     """The rule's vote: a for the left answer, b for the right one, t for a tie."""
