@@ -499,7 +499,7 @@ FAULTS = [
     rules('"a" if values[0] > values[1]', '"a" if values[0] < values[1]'),
     rules("decided + (key != \"t\")", "decided + 1"),
     rules("if (left := left.strip()) == (right := right.strip()):", "if left == right:"),
-    rules("if decided == before:", "if False:"),
+    rules("turn == 9 and not decided", "turn == 9 and decided < 2"),
     vote("SEED)[:n]", "SEED + n)[:n]"),
     vote("if last_asked(votes, questions) < n:", "if True:"),
     vote("votes[4::5]", "votes[::5]"),

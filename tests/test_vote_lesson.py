@@ -79,10 +79,12 @@ def test_a_rule_votes_through_the_same_file_as_a_person_until_it_has_preferred_n
 
 
 def test_a_rule_that_prefers_nothing_stops_in_one_line_and_its_ties_are_written(world):
-    world += [["Paris.", "Cold.", "Rome.", "Cold."]]
-    with pytest.raises(BadInput, match="--as sure: there is none among 2 pairs of answers of m in which"):
+    world += [["Paris.", "Cold.", "Rome.", "Cold."]] * 10
+    with pytest.raises(BadInput, match="--as sure: there is none among 10 pairs of answers of m in which"):
         vote_by_rule("sure", Path("toy/made/prompts.jsonl"), 2, Path("m"), Path("votes.jsonl"), seed=1)
-    assert [row["vote"] for row in lines("votes.jsonl")] == ["t"]
+    assert [row["vote"] for row in lines("votes.jsonl")] == ["t"] * 10
+    world += [["Paris.", "", "Sure.", ""]] + [[""] * 4] * 9 + [["Sure.", "", "Paris.", ""]]        # seldom
+    assert vote_by_rule("sure", Path("toy/made/prompts.jsonl"), 2, Path("m"), Path("more.jsonl"), seed=1) == 2
 
 
 # ------------------------------------------------------------------------------ the votes of a person

@@ -54,7 +54,7 @@ def vote_by_rule(rule: str, prompts: Path, n: int, model: Path, path: Path, seed
     texts = [render([("Human", question)]) for question in questions]
     shown = decided = 0
     for turn in itertools.count():
-        answers, before = sampled(model, texts * 2, seed=1000 * seed + turn), decided
+        answers = sampled(model, texts * 2, seed=1000 * seed + turn)
         for question, left, right in zip(questions, answers, answers[len(questions):], strict=False):
             if (left := left.strip()) == (right := right.strip()):
                 continue                     # chat.py offers no such pair either
@@ -63,6 +63,6 @@ def vote_by_rule(rule: str, prompts: Path, n: int, model: Path, path: Path, seed
             shown, decided = shown + 1, decided + (key != "t")
             if decided == n:
                 return shown
-        if decided == before:
-            raise BadInput(f"--as {rule}: there is none among {len(questions)} pairs of answers of {model} "
-                           f"in which the rule prefers one; train that model longer")
+        if turn == 9 and not decided:
+            raise BadInput(f"--as {rule}: there is none among {shown} pairs of answers of {model} in which "
+                           f"the rule prefers one; train that model longer")
