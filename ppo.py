@@ -560,7 +560,7 @@ def save_models(args: Namespace, roles: dict[str, Role], tokenizer_folder: Path,
     out, (actor, critic) = Path(args.out), (roles["actor"], roles["critic"])
     base, reward_base = resolve(args.actor, args.base)[0], resolve(args.reward, args.reward_base)[0]
 
-    # save_whole(model, out, write, *more) makes the weights whole; rank 0 calls write(model, out, *more)
+    # save_whole makes a model's weights whole; then rank 0 calls the function that it is given, with the rest
     def save_average(model, *more):
         for name, mean in average.items():   # it overwrites the weights: nothing is trained after this
             weights[name].data.copy_(mean)

@@ -135,7 +135,7 @@ class Wandb:
         import wandb
         own = wandb.setup().settings
         if "mode" not in own.model_fields_set:                     # nobody has set it
-            # for the whole process: with init(mode="offline") alone, wandb still reports its own use
+            # offline for the whole process: a run that is offline alone still lets wandb report its own use
             own = wandb.setup(settings=wandb.Settings(mode="offline")).settings
         folder = Path(args.out).absolute() / "wandb"
         folder.mkdir(exist_ok=True)
