@@ -31,6 +31,7 @@ from llama import Llama, is_eos
 from lora import load_model
 from reward import RewardModel, last_scores, load_reward_model
 from runtime.flags import DTYPES, shares
+from runtime.votes import wilson
 
 def get_args():
     parser = argparse.ArgumentParser(description="Scores pairs and answers by a second reward model.")
@@ -46,14 +47,6 @@ def get_args():
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--seed", type=int, default=0, help="of the answers")
     return parser.parse_args()
-
-
-def wilson(wins: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, after Wilson (1927)."""
-    z, share = 1.96, wins / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
 
 
 def mean_interval(x: torch.Tensor) -> tuple[float, float]:
