@@ -19,8 +19,6 @@ In the conversation (/help lists this):
     /top_p X, /max_tokens N
     /quit              leave, as Ctrl-D does; Ctrl-C only stops an answer
 """
-import json
-import os
 import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -28,12 +26,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer, read_records
+from data import STOP, Record, Tokenizer, collate_prompts, encode_prompt, open_tokenizer, read_records
 from llama import Llama
 from lora import load_model
 from runtime.adapters import base_of_each
@@ -41,11 +40,10 @@ from runtime.errors import BadInput, exit_with_one_line, without_controls
 from runtime.flags import Flags, number
 from runtime.gpu import gpu_is_usable
 from runtime.kinds import Turns, clean_turns
-from runtime.screen import ask_for_vote, print_tally, show
+from runtime.screen import ask_for_vote, print_tally, save, show
 from runtime.votes import Pair, VoteFile, as_messages, check_vote, hidden, open_votes
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
-STOP = "\n\nHuman:"                          # an answer ends where the model writes this
 SMALL_MODEL = 3e7                            # parameters
 
 def add_flags(flags: Flags) -> Callable:
@@ -83,7 +81,7 @@ History = list[tuple[str, list[str]]]
 def answer(speaker: Speaker, turns: Turns, args: Namespace, uniforms: Tensor,
            tell: Callable[[str], object] = print) -> Iterator[str]:
     """The model's answer to the turns (role, text), piece by piece. uniforms (1,max_tokens) are its random
-    numbers. BadInput where the question is too long; tell gets a line where the conversation is."""
+    numbers. BadInput where the question is too long; where the conversation is, tell gets a note."""
     tally, context = Counter(), speaker.model.config.context
     ids = encode_prompt(speaker.tokenizer, Record(clean_turns(turns)), context - args.max_tokens, tally)
     if ids is None:
@@ -123,12 +121,13 @@ def start_answers(speakers: list[Speaker], conversations: list[Turns], args: Nam
     twice one after the other. BadInput where one of them cannot answer."""
     # the same numbers for all speakers: answers differ only where models do, except in a vote
     uniforms = torch.rand(len(speakers) if args.vote else 1, args.max_tokens).expand(len(speakers), -1)
+    tell = cache(tell)                       # a note for both of them is said once
     streams = [answer(speaker, turns, args, row[None], tell)
                for speaker, turns, row in zip(speakers, conversations, uniforms, strict=True)]
     return streams, len({id(speaker.model) for speaker in speakers}) == len(speakers)
 
 def ask(speakers: list[Speaker], conversations: list[Turns], args: Namespace) -> tuple[list[str], bool]:
-    """Prints and returns all answers, and whether Ctrl-C has stopped none."""
+    """Prints all answers. Returns them, and whether they are whole: Ctrl-C stops an answer."""
     return show([speaker.name for speaker in speakers], *start_answers(speakers, conversations, args))
 
 def reply(speakers: list[Speaker], history: History, question: str, args: Namespace,
@@ -157,12 +156,14 @@ def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteF
     if not are_whole:
         print("[stopped: there is no vote, and the question is forgotten]")
         return None
-    if texts[0] == texts[1]:
-        print("[both answers are the same: there is no vote]")
-        return texts[0]
     pair = Pair(turns, texts, [side.folder for side in sides])
+    if texts[0] == texts[1]:
+        votes.add(pair, "s", args.temperature, args.seed)
+        print("[both answers are the same: this counts as a skip]")
+        return texts[0]
     key = ask_for_vote(pair, votes, args)
-    print(f"[{pair.names()}]")
+    if pair.models[0] != pair.models[1]:
+        print(f"[{pair.names()}]")
     return pair.winner(key)
 
 def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace, votes: VoteFile):
@@ -171,7 +172,7 @@ def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace
     print(f"[{len(left)} of {len(prompts)} questions are left; Ctrl-D leaves]")
     with suppress(EOFError):
         for n, record in enumerate(left, 1):
-            text = record.prompt.removesuffix("Assistant:").strip()
+            text = "\n\n".join(f"{role}: {text}" for role, text in record.turns)
             print(f"\n[{n} of {len(left)}]  {without_controls(text)}\n")
             try:
                 vote_on(speakers, record.turns, args, votes)
@@ -190,30 +191,42 @@ def run_command(line: str, speakers: list[Speaker], history: History, args: Name
     if name in SETTINGS:
         if value:
             read = read_setting(name, value, speakers)
-            check_vote(Namespace(**vars(args) | {name: read}))
+            check_vote(Namespace(**{**vars(args), name: read}))
             setattr(args, name, read)
         print(f"[{name} is {getattr(args, name)}]")
     elif name == "help":
         print(__doc__[__doc__.index("    /"):].rstrip())
     elif name == "quit":
         raise EOFError                       # talk leaves, as it does when the input ends
-    elif name == "votes" and votes:
+    elif name == "votes":
         print_tally(votes)
-    elif name not in ("retry", "undo", "clear", "save"):
+    elif name == "undo":
+        print(f"[{forget_last(history, votes)}]")
+    elif name not in ("retry", "clear", "save"):
         raise BadInput(f"there is no command {line.split()[0]}; /help lists those there are")
     elif not history:
         raise BadInput("nothing has been said yet")
     elif name == "save":
-        save(value, speakers, history)
+        save(value, [{"model": speaker.folder, "messages": as_messages(turns_of(history, i))}
+                     for i, speaker in enumerate(speakers)])
     elif name == "retry":                    # the old answer stays if the question cannot be answered again
         *before, (question, _) = history
         if answers := reply(speakers, before, question, args, votes):
             history[-1] = (question, answers)
     else:
-        if name == "undo" and votes and votes.undo([*turns_of(history[:-1], 0), ("Human", history[-1][0])]):
-            print("[the vote is taken back]")
-        del history[0 if name == "clear" else -1:]
+        history.clear()
         print("[forgotten]")
+
+def forget_last(history: History, votes: VoteFile | None) -> str:
+    """Forgets the last question and the votes on it, or a skip after it, which has left nothing to forget.
+    Returns what was done; BadInput where there is nothing to undo."""
+    asked = [*turns_of(history[:-1], 0), ("Human", history[-1][0])] if history else []
+    undone = votes.undo_on(asked) if votes else []
+    if not history and not undone:
+        raise BadInput("nothing has been said yet")
+    if not undone or undone[0]["prompt"] == as_messages(asked):
+        history.pop()
+    return "the vote is taken back" if undone else "forgotten"
 
 def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
     """The value of a setting that was typed. BadInput where it is no number, or out of range."""
@@ -224,19 +237,6 @@ def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
         return read(value)
     except ArgumentTypeError as error:
         raise BadInput(f"/{name}: {error}") from None
-
-def save(file: str, speakers: list[Speaker], history: History):
-    """Writes {"model", "messages"} of each speaker as a line for data.py. BadInput where the file exists
-    already, or cannot be written."""
-    rows = [json.dumps({"model": speaker.folder, "messages": as_messages(turns_of(history, i))}) + "\n"
-            for i, speaker in enumerate(speakers)]
-    try:
-        with open(os.path.expanduser(file), "x") as out:
-            out.writelines(rows)
-    except (OSError, ValueError) as error:                         # ValueError: a null character in the name
-        why = f"{error.args[-1]}; name a file that can be written and is not there yet"
-        raise BadInput(f"/save {file}: {why}") from None
-    print(f"[saved to {without_controls(file)}]")
 
 # ------------------------------------------------------------ the program
 def talk(speakers: list[Speaker], args: Namespace, votes: VoteFile | None):
@@ -270,10 +270,12 @@ def load_speakers(args: Namespace) -> list[Speaker]:
                   for folder, base in zip(folders, bases, strict=True)]
     speakers = []
     for folder, base, tokenizer in zip(folders, bases, tokenizers, strict=True):
-        name = folder if args.versus else "Assistant" if args.prompt is None else ""
+        name = folder if args.versus else "Assistant" if args.prompt is None else ""         # before answers
         is_loaded = speakers and Path(folder).resolve() == Path(speakers[0].folder).resolve()
         model = speakers[0].model if is_loaded else load_network(folder, base, tokenizer)
         speakers.append(Speaker(without_controls(name), folder, model, tokenizer))
+    if all(sum(p.numel() for p in speaker.model.parameters()) < SMALL_MODEL for speaker in speakers):
+        torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return speakers
 
 def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
@@ -285,8 +287,6 @@ def load_network(folder: str, base: str | None, tokenizer: Tokenizer) -> Llama:
         device, dtype = "cpu", torch.float32
     model = load_model(folder, dtype, device, base).eval()
     model.n_words = tokenizer.vocab_size
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
-        torch.set_num_threads(1)             # on a busy machine: 3 ms a token, and 80 ms with two threads
     return model
 
 def read_prompts(args: Namespace) -> list[Record]:

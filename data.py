@@ -116,6 +116,8 @@ class Record:
         """The turns in the template, or "" where there are none."""
         return render(self.turns)
 
+STOP = "\n\nHuman:"                          # where a model writes this, its answer has ended
+
 def render(turns: Turns) -> str:
     """The one template: "\\n\\nHuman: why?\\n\\nAssistant:" asks for the answer that follows the turns."""
     if not turns:

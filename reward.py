@@ -4,7 +4,8 @@
 2. load a language model; a score head (C -> 1) takes the place of its vocabulary head
 3. for every batch of pairs: -log sigmoid(score of the chosen - score of the rejected)
 4. before, during and after: accuracy and margin on held-out pairs
-5. write the model, and the mean and standard deviation of its scores, by which PPO normalises
+5. write the model, and the mean and standard deviation of its scores of chosen answers, by which PPO
+   normalises
 
 The score of an answer is the score at its last real token. --loss last compares these two scores. --loss
 dense compares the scores at every token from where the two answers part; past its end, the shorter answer
@@ -42,6 +43,8 @@ from runtime.flags import Flags, accumulation_steps, add_trainer_flags, number, 
 from runtime.folders import check_out, find_tensors, load_weights, save_weights, writing
 from runtime.log import Log
 from runtime.ranks import fail_together, run, setup, sum_over_ranks
+
+PHASE = 1                                    # of --split: the shares 0 and 2 are for sft.py and ppo.py
 
 def get_args():
     flags = Flags("Step 2 of RLHF: the reward model, from pairs of answers.")
@@ -185,13 +188,15 @@ def main():
         refuse_second_adapter(args, adapter)
         check_out(args, full, adapter)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
-        train, held_out = load_rows(args, 1, encode_pair, tokenizer, args.max_len, args.batch, [args.model])
+        train, held_out = load_rows(args, PHASE, encode_pair, tokenizer, args.max_len, args.batch,
+                                    folders=[args.model])
 
     # 2. the model, and the weights of it that are trained; the score head always is
     with fail_together():
         model = load_reward_model(args.model, dtype, device, args.base)
         trained = trainable(model, args)
-    model.config, model.model.checkpointing = config, args.checkpointing       # with the tokenizer's BOS, EOS
+    model.config = config                    # its BOS and EOS are the tokenizer's
+    model.model.checkpointing = args.checkpointing
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected, _ in train]
     steps = args.steps or args.epochs * (len(train) // args.batch)
     state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from

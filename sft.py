@@ -28,6 +28,8 @@ from runtime.folders import check_out
 from runtime.log import Log
 from runtime.ranks import fail_together, run, setup, sum_over_ranks
 
+PHASE = 0                                    # of --split: the shares 1 and 2 are for reward.py and ppo.py
+
 def get_args():
     flags = Flags("Step 1 of RLHF: supervised fine-tuning on responses only.")
     add = flags.group("model")
@@ -95,13 +97,15 @@ def main():
         refuse_second_adapter(args, adapter)
         check_out(args, full, adapter)
         tokenizer, config, tokenizer_folder = open_tokenizer(args.model, args.base, args.max_len)
-        train, held_out = load_rows(args, 0, encode_sft, tokenizer, args.max_len, args.batch, [args.model])
+        train, held_out = load_rows(args, PHASE, encode_sft, tokenizer, args.max_len, args.batch,
+                                    folders=[args.model])
 
     # 2. the model, and the weights of it that are trained
     with fail_together():
         model = load_model(args.model, dtype, device, args.base)
         trained = trainable(model, args)
-    model.config, model.model.checkpointing = config, args.checkpointing       # with the tokenizer's BOS, EOS
+    model.config = config                    # its BOS and EOS are the tokenizer's
+    model.model.checkpointing = args.checkpointing
     lengths = [len(ids) for ids, _ in train]
     steps = args.steps or args.epochs * (len(train) // args.batch)
     state = Run(args, lengths)               # makes --out, or finds the checkpoint that --resume goes on from

@@ -1,4 +1,6 @@
 """The terminal of chat.py: answers while they come, one below the other or side by side, and the vote."""
+import json
+import os
 import shutil
 import textwrap
 from argparse import Namespace
@@ -6,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import zip_longest
 
-from runtime.errors import BadInput
-from runtime.votes import KEYS, Pair, VoteFile, standing_votes, tally
+from runtime.errors import BadInput, without_controls
+from runtime.votes import KEYS, Pair, VoteFile, standing_votes, tally_lines
 
 WIDE = 100                                   # characters: a terminal where two answers stand side by side
 
@@ -66,12 +68,24 @@ def wrap(text: str, width: int) -> list[str]:
     lines[-1] += text[len(text.rstrip(" ")):]
     return lines
 
+def save(file: str, rows: list[dict]):
+    """Writes the rows as JSON lines, and says so. BadInput where the file exists already, or cannot be
+    written."""
+    try:
+        with open(os.path.expanduser(file), "x") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+    except (OSError, ValueError) as error:             # ValueError: a null character in the name
+        why = f"{error.args[-1]}; name a file that can be written and is not there yet"
+        raise BadInput(f"/save {file}: {why}") from None
+    print(f"[saved to {without_controls(file)}]")
+
 # ------------------------------------------------------------ the vote
 def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> str:
     """Reads lines until one of them is a vote that could be written, and returns its key."""
     while True:
         try:
             line = input("\nBetter: a, b, t(ie), s(kip)? Or u, to undo the vote before: ").strip().lower()
+            line = {"tie": "t", "skip": "s", "undo": "u"}.get(line, line)
             if line in KEYS:
                 votes.add(pair, line, args.temperature, args.seed)
                 return line
@@ -81,10 +95,14 @@ def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> str:
                 print_tally(votes)
             elif line == "/quit":
                 raise EOFError
+            else:
+                print("[type a, b, t, s or u; /votes shows the votes so far]")
         except KeyboardInterrupt:
             print("\n[Ctrl-D or /quit leaves]")
         except BadInput as error:
             print(f"[{error}]")
 
-def print_tally(votes: VoteFile):
-    print("\n".join(f"[{line}]" for line in tally(standing_votes(votes.path))))
+def print_tally(votes: VoteFile | None):
+    if votes is None:
+        raise BadInput("there are no votes without --vote")
+    print("\n".join(f"[{line}]" for line in tally_lines(standing_votes(votes.path))))

@@ -25,7 +25,7 @@ import numpy as np
 from runtime.errors import BadInput, exit_with_one_line, note, without_controls
 from runtime.rows import data_files, read_rows
 
-KEYS = {"a": "left", "b": "right", "t": "tie", "s": "skip"}
+KEYS = ("a", "b", "t", "s")                  # left is better, right is better, a tie, skipped
 ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 FIELDS = {"id", "prompt", "chosen", "rejected", "vote", "left", "right", "models"}
 POINTS = 400 / math.log(10)                  # Elo's scale: 400 points are odds of 10 to 1
@@ -111,13 +111,23 @@ class VoteFile:
         self.given.append(vote)
         return vote
 
-    def undo(self, turns: list[tuple[str, str]] | None = None) -> dict | None:
-        """Takes this program's last vote back, and returns it; None where there is none. With turns only
-        where that vote is on this prompt."""
-        if not self.given or turns is not None and self.given[-1]["prompt"] != as_messages(turns):
+    def undo(self) -> dict | None:
+        """Takes this program's last vote back, and returns it; None where there is none."""
+        if not self.given:
             return None
         self.append({"undo": self.given[-1]["id"]})
         return self.given.pop()
+
+    def undo_on(self, turns: list[tuple[str, str]]) -> list[dict]:
+        """Takes this program's last votes back where they are on this prompt: several, if it was answered
+        again. A skip of another prompt after them is taken back alone; so is any vote if there are no turns.
+        Returns what was taken back."""
+        prompt, undone = as_messages(turns), []
+        if self.given and self.given[-1]["prompt"] != prompt:
+            return [self.undo()] if self.given[-1]["vote"] == "s" or not turns else []
+        while self.given and self.given[-1]["prompt"] == prompt:
+            undone.append(self.undo())
+        return undone
 
     def append(self, row: dict):
         """Adds a line in one write, whole or not at all. A line that another program has left torn stays a
@@ -151,14 +161,17 @@ def ends_with_newline(path: Path, size: int) -> bool:
 # ------------------------------------------------------------ reading
 def is_vote(row: object) -> bool:
     return (isinstance(row, dict) and row.keys() >= FIELDS and isinstance(row["id"], str)
-            and str(row["vote"]) in KEYS and isinstance(row["models"], list) and len(row["models"]) == 2)
+            and row["vote"] in KEYS and isinstance(row["models"], list) and len(row["models"]) == 2)
+
+def is_undo(row: object) -> bool:
+    return isinstance(row, dict) and row.keys() == {"undo"} and isinstance(row["undo"], str)
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a file of votes; one that is empty, or has vanished, has none. BadInput where a line is
     something else."""
     rows = list(read_rows(path)) if path.exists() and path.stat().st_size else []
     for where, row in rows:
-        if not is_vote(row) and not (isinstance(row, dict) and row.keys() == {"undo"}):
+        if not is_vote(row) and not is_undo(row):
             raise BadInput(f"--vote: {where} is no vote; name another file, or one that is not there yet")
     return [row for _, row in rows]
 
@@ -175,17 +188,17 @@ def only_decided(rows: Iterator[tuple[str, object]], tally: Counter) -> Iterator
     for where, row in rows:
         if is_vote(row):
             votes[row["id"]] = where, row
-        elif isinstance(row, dict) and row.keys() == {"undo"}:
-            undone.add(str(row["undo"]))
+        elif is_undo(row):
+            undone.add(row["undo"])
         else:
             yield where, row
     for name, (where, row) in votes.items():
         if name in undone:
             tally["votes left out: taken back"] += 1
-        elif row["vote"] in ("t", "s"):
-            tally[f"votes left out: {'ties' if row['vote'] == 't' else 'skips'}"] += 1
-        else:
+        elif row["vote"] in ("a", "b"):
             yield where, {name: row[name] for name in ("prompt", "chosen", "rejected")}
+        else:
+            tally[f"votes left out: {'ties' if row['vote'] == 't' else 'skips'}"] += 1
 
 def are_votes(path: str | Path) -> bool:
     """Whether a data file or folder begins with a vote."""
@@ -198,7 +211,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
     z, share = 1.96, wins / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)        # rounding may leave [0, 1]
 
 def in_share(wins: float, n: int) -> str:
     """31 of 50 (62 %; 95 % interval: 48 to 74 %)"""
@@ -207,7 +220,7 @@ def in_share(wins: float, n: int) -> str:
     low, high = wilson(wins, n)
     return f"{wins} of {n} ({100 * wins / n:.0f} %; 95 % interval: {100 * low:.0f} to {100 * high:.0f} %)"
 
-def tally(votes: list[dict]) -> list[str]:
+def tally_lines(votes: list[dict]) -> list[str]:
     """Lines that say who won: for each two models, and then for the left and the longer answer."""
     if not votes:
         return ["no votes yet"]
@@ -218,7 +231,7 @@ def tally(votes: list[dict]) -> list[str]:
         won = Counter(vote["models"]["ab".index(vote["vote"])] for vote in theirs if vote["vote"] in "ab")
         first, second = sorted(models, key=lambda model: -won[model])
         n = kinds["a"] + kinds["b"]
-        line = (f"{n} votes between two answers of {first}" if first == second else
+        line = (f"{n} vote{'s' * (n != 1)} between two answers of {first}" if first == second else
                 f"{first} was better than {second} in {in_share(won[first], n)}")
         lines.append(f"{line}; ties: {kinds['t']}, skips: {kinds['s']}")
     left, longer = habits(votes)
@@ -238,11 +251,11 @@ def bradley_terry(wins: np.ndarray, steps: int = 500) -> np.ndarray:
     column's. The chance that i beats j is the sigmoid of strength i minus strength j (Bradley and Terry,
     1952), found by Hunter's algorithm (2004). Each model also gets one win and one defeat against a model of
     strength 0: without them, one that has never lost would be infinitely strong."""
-    games, strengths = wins + wins.swapaxes(-1, -2), np.ones(wins.shape[:-1])
+    games, odds = wins + wins.swapaxes(-1, -2), np.ones(wins.shape[:-1])     # odds against strength 0
     for _ in range(steps):
-        met = (games / (strengths[..., :, None] + strengths[..., None, :])).sum(-1) + 2 / (strengths + 1)
-        strengths = (wins.sum(-1) + 1) / met
-    return np.log(strengths)
+        met = (games / (odds[..., :, None] + odds[..., None, :])).sum(-1) + 2 / (odds + 1)
+        odds = (wins.sum(-1) + 1) / met
+    return np.log(odds)
 
 def ranking(votes: list[dict], resamples: int = 1000) -> list[tuple[str, float, float, float, int]]:
     """(model, points, low, high, votes) from the strongest to the weakest. A tie counts as half a win of
@@ -269,9 +282,9 @@ def main():
     if not Path(sys.argv[1]).exists():
         raise BadInput(f"{sys.argv[1]}: there is no such file")
     votes = standing_votes(sys.argv[1])
-    print("\n".join(tally(votes)))
+    print("\n".join(tally_lines(votes)))
     ranks = ranking(votes)
-    if len(ranks) > 2:
+    if len(ranks) > 2:                       # of two models the tally has said it all
         print("\nstrength in points (100 more: better in 64 % of the votes), with its 95 % interval")
         for model, points, low, high, n in ranks:
             print(f"{points:6.0f}  ({low:.0f} to {high:.0f})  {without_controls(model)}, {n} votes")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import chat
-from conftest import REPO, real, run_script, tiny_config
+from conftest import REPO, real, run_script, tiny_config, tiny_llama
 from data import Tokenizer, encode_sft, read_records
 from llama import BadInput, Llama
 from lora import add_lora, load_model, lora_layers, save_adapter
@@ -263,6 +263,21 @@ def test_a_history_that_grows_too_long_loses_its_oldest_turns_and_says_so(talk, 
     question = "why is the sky blue today my friend " * 12
     shown = talk("--model", base, *SHORT, typed=f"{question}\n{question}\n")
     assert shown.count("too long") == 1 and "oldest turns" in shown
+    shown = talk("--model", base, "--versus", base, *SHORT, typed=f"{question}\n{question}\n")
+    assert shown.count("too long") == 1      # not once for each model
+
+
+def test_one_thread_computes_where_all_models_are_small(talk, base, tmp_path, monkeypatch):
+    wide = shutil.copytree(base, tmp_path / "wide")
+    tiny_llama(intermediate_size=128).save_pretrained(wide)
+    monkeypatch.setattr(chat, "SMALL_MODEL", 1 + sum(p.numel() for p in tiny_llama().parameters()))
+    for models, n_threads in (([base, base], 1), ([base, wide], 2), ([wide, base], 2)):
+        torch.set_num_threads(2)
+        try:
+            talk("--model", models[0], "--versus", models[1], "--prompt", "why", *SHORT)
+            assert torch.get_num_threads() == n_threads
+        finally:
+            torch.set_num_threads(1)
     assert talk.prompts[1] == talk.prompts[0]                      # the last question alone, with BOS
 
 

@@ -90,8 +90,7 @@ def test_a_rule_that_prefers_nothing_stops_in_one_line_and_its_ties_are_written(
 # ------------------------------------------------------------------------------ the votes of a person
 @pytest.fixture
 def chatting(monkeypatch, tmp_path):
-    """In place of chat.py: votes with the keys that the test sets on so many questions that are left. "=" is
-    a question whose two answers are the same."""
+    """In place of chat.py: votes with the keys that the test sets on so many questions that are left."""
     keys, shown = [], []
 
     def chat(words):
@@ -100,8 +99,8 @@ def chatting(monkeypatch, tmp_path):
         votes = VoteFile(flags["--vote"])
         for row in lines(flags["--prompts"]):
             turns = [("Human", row["prompt"])]
-            if not votes.was_asked(turns) and keys and (key := keys.pop(0)) != "=":
-                votes.add(Pair(turns, [PARIS, "Go away."], ["runs/toy/sft"] * 2), key, 1.0, None)
+            if not votes.was_asked(turns) and keys:
+                votes.add(Pair(turns, [PARIS, "Go away."], ["runs/toy/sft"] * 2), keys.pop(0), 1.0, None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy.vote, "show", chat)
     monkeypatch.setattr(toy.vote, "MADE", tmp_path / "toy" / "made")
@@ -112,14 +111,16 @@ def chatting(monkeypatch, tmp_path):
 
 
 def test_who_leaves_goes_on_there_and_hears_how(chatting, capsys):
-    chatting.keys += "abats" * 2 + "ab"
+    chatting.keys += "ababs" * 2 + "tb"
     assert not toy.vote.person_votes(20, chatting.folder)
     said = " ".join(capsys.readouterr().out.split())
-    assert "You left after 12 of 20 questions." in said and "With --votes 12, it learns" in said
+    assert "You left after 12 of 20 questions." in said and "With --votes 12, it learns" not in said      # 9
+    chatting.keys += "a"
+    assert not toy.vote.person_votes(20, chatting.folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "You left after 13 of 20 questions." in said and "With --votes 13, it learns" in said
     before = (chatting.folder / "votes.jsonl").read_bytes()
-    chatting.keys += "a=" * 4
-    assert not toy.vote.person_votes(20, chatting.folder)          # the answers to the last one were the same
-    chatting.keys += "a" * 4
+    chatting.keys += "aaaaaas"
     assert toy.vote.person_votes(20, chatting.folder)
     after = (chatting.folder / "votes.jsonl").read_bytes()
     assert after.startswith(before) and len(lines(chatting.folder / "votes.jsonl")) == 20

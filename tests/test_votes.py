@@ -62,10 +62,16 @@ def test_a_vote_that_is_taken_back_stays_in_the_file_and_does_not_count(ballot):
     assert ballot.was_asked(QUESTION)                              # it is not asked again
 
 
-def test_an_undo_may_be_for_one_prompt_only(ballot):
-    ballot.add(pair(), "a", 1.0, None)
-    assert ballot.undo([("Human", "Who?")]) is None and len(lines(ballot.path)) == 1
-    assert ballot.undo(QUESTION)["vote"] == "a"
+def test_an_undo_for_one_prompt_takes_all_votes_on_it_back_but_a_skip_of_another_alone(ballot):
+    who = [("Human", "Who?")]
+    assert ballot.undo_on(QUESTION) == ballot.undo_on([]) == []
+    for key, turns in (("b", who), ("a", QUESTION), ("s", QUESTION)):
+        ballot.add(pair(turns=turns), key, 1.0, None)
+    assert ballot.undo_on(who)[0]["vote"] == "s"                   # a skip that came after it
+    assert ballot.undo_on(who) == [] and len(ballot.given) == 2    # a vote that is not on it
+    ballot.add(pair(), "t", 1.0, None)
+    assert [vote["vote"] for vote in ballot.undo_on(QUESTION)] == ["t", "a"]
+    assert [vote["vote"] for vote in ballot.undo_on([])] == ["b"] and not votes.standing_votes(ballot.path)
 
 
 def test_an_existing_file_is_continued_and_what_it_asked_is_known(ballot):
@@ -84,7 +90,7 @@ def test_folders_above_the_file_are_made(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "no JSON\n", "[1]\n",
-                                  '{"undo": "a", "more": 1}\n'])
+                                  '{"undo": "a", "more": 1}\n', '{"undo": ["a"]}\n'])
 def test_a_file_that_holds_something_else_is_refused_and_stays_as_it_is(text, tmp_path):
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(BadInput, match="data.jsonl"):
@@ -227,18 +233,19 @@ def test_wilson_is_as_published():
     for wins, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
                                (1, 29, 0.0061, 0.1718)):
         assert votes.wilson(wins, n) == pytest.approx((low, high), abs=6e-5)
+    assert votes.wilson(0, 6)[0] == 0 and votes.wilson(7, 7)[1] == 1
 
 
 def test_the_tally_says_who_won_and_what_the_voter_is_prone_to(ballot):
-    assert votes.tally([]) == ["no votes yet"]
+    assert votes.tally_lines([]) == ["no votes yet"]
     for key, swapped in (("a", False), ("a", True), ("b", True), ("b", True), ("t", False), ("s", True)):
         models = ("runs/b", "runs/a") if swapped else ("runs/a", "runs/b")
         ballot.add(pair("longer", "short", models=models), key, 1.0, None)
     ballot.add(pair("one", "two", models=("runs/a", "runs/a")), "a", 1.0, None)
-    first, second, habits = votes.tally(votes.standing_votes(ballot.path))
+    first, second, habits = votes.tally_lines(votes.standing_votes(ballot.path))
     assert first == ("runs/a was better than runs/b in 3 of 4 (75 %; 95 % interval: 30 to 95 %); ties: 1, "
                      "skips: 1")
-    assert second == "1 votes between two answers of runs/a; ties: 0, skips: 0"
+    assert second == "1 vote between two answers of runs/a; ties: 0, skips: 0"
     assert habits.startswith("the left answer was chosen in 3 of 5 (60 %") and "in 2 of 4 (50 %" in habits
 
 
@@ -345,7 +352,8 @@ def test_a_skipped_question_is_forgotten(vote, talk):
 def test_the_same_answers_are_not_offered(vote, talk, base, tmp_path):
     copy = shutil.copytree(base, tmp_path / "copy")
     shown = vote("why\nand\n", "--temperature", 0, other=copy)
-    assert shown.count("there is no vote]") == 2 and not vote.file.read_text()
+    assert shown.count("counts as a skip]") == 2 and "Better:" not in shown
+    assert [row["vote"] for row in lines(vote.file)] == ["s", "s"]
     assert len(talk.prompts[2]) > len(talk.prompts[0])             # the conversation goes on
 
 
@@ -365,6 +373,24 @@ def test_undo_takes_the_vote_back_at_the_next_vote_and_between_questions(vote, t
     assert lines(vote.file)[-1]["prompt"] == [{"role": "user", "content": "who"}]      # both are forgotten
 
 
+def test_undo_after_a_skip_takes_the_skip_back_and_nothing_else(vote):
+    vote("why\na\nand\ns\nu\nthen\na\n")
+    assert [row.get("vote") for row in lines(vote.file)] == ["a", "s", None, "a"]
+    assert len(lines(vote.file)[3]["prompt"]) == 3                 # "why" is still in the conversation
+
+
+def test_undo_of_a_question_that_was_asked_again_takes_both_votes_back(vote):
+    shown = vote("why\na\n/retry\nb\nu\nand\nt\n/clear\nu\nu\n")
+    rows = lines(vote.file)
+    assert [row.get("vote") for row in rows] == ["a", "b", None, None, "t", None]
+    assert len(rows[4]["prompt"]) == 1 and shown.count("[the vote is taken back]") == 2
+    assert shown.rstrip().endswith("[nothing has been said yet]\n\nHuman:")
+
+
+def test_the_name_of_a_model_that_answered_twice_is_not_said(vote, base):
+    assert "A was" not in vote("why\na\n", other=base)
+
+
 def test_a_retry_is_voted_on_too(vote):
     vote("why\na\n/retry\nb\n")
     assert [row["prompt"][0]["content"] for row in lines(vote.file)] == ["why", "why"]
@@ -372,7 +398,7 @@ def test_a_retry_is_voted_on_too(vote):
 
 def test_what_is_no_key_is_asked_again_and_the_tally_is_at_hand(vote):
     shown = vote("why\nab\n\n/retry\n/votes\nc\nb\n/votes\nand\n/quit\nnever asked\n")
-    assert [row["vote"] for row in lines(vote.file)] == ["b"]
+    assert [row["vote"] for row in lines(vote.file)] == ["b"] and shown.count("[type a, b, t, s or u") == 4
     assert "[no votes yet]" in shown and "was better than" in shown and shown.count("Better:") == 7
 
 

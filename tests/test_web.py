@@ -143,7 +143,22 @@ def test_identical_answers_are_not_offered(site, monkeypatch):
     assert talk.pair is None and "same" in talk.message and talk.history == [("why", ["the same"] * 2)]
     with pytest.raises(BadInput, match="no two answers"):
         talk.vote("a", None)
-    assert not site.votes.path.read_text()
+    row, = map(json.loads, site.votes.path.read_text().splitlines())
+    assert (row["vote"], row["left"], row["right"], row["seed"]) == ("s", "the same", "the same", 5)
+    talk.undo()
+    assert not standing_votes(site.votes.path) and talk.history == talk.past == []
+
+
+def test_undo_after_a_skip_takes_the_skip_back_and_nothing_else(site):
+    talk = Talk(site.votes)
+    for question, key in (("one", "a"), ("two", "s")):
+        asked(talk, site, question)
+        talk.vote(key, None)
+    talk.undo()
+    assert [vote["vote"] for vote in standing_votes(site.votes.path)] == ["a"]
+    assert len(talk.history) == len(talk.past) == 1
+    talk.undo()
+    assert not standing_votes(site.votes.path) and talk.history == talk.past == []
 
 
 def test_a_stopped_answer_is_kept_without_votes_and_not_offered_with_them(site, plain_site):

@@ -53,16 +53,17 @@ def vote_by_rule(rule: str, prompts: Path, n: int, model: Path, path: Path, seed
     questions, votes = shuffled_questions(prompts, seed), VoteFile(str(path))
     texts = [render([("Human", question)]) for question in questions]
     shown = decided = 0
-    for turn in itertools.count():
-        answers = sampled(model, texts * 2, seed=1000 * seed + turn)
-        for question, left, right in zip(questions, answers, answers[len(questions):], strict=False):
-            if (left := left.strip()) == (right := right.strip()):
+    for n_round in itertools.count():
+        answers = [text.strip() for text in sampled(model, texts * 2, seed=1000 * seed + n_round)]
+        lefts, rights = answers[:len(questions)], answers[len(questions):]
+        for question, left, right in zip(questions, lefts, rights, strict=True):
+            if left == right:
                 continue                     # chat.py offers no such pair either
             key = key_of(rule, question, left, right)
             votes.add(Pair([("Human", question)], [left, right], [str(model)] * 2), key, 1.0, seed)
             shown, decided = shown + 1, decided + (key != "t")
             if decided == n:
                 return shown
-        if turn == 9 and not decided:
+        if n_round == 9 and not decided:
             raise BadInput(f"--as {rule}: there is none among {shown} pairs of answers of {model} in which "
                            f"the rule prefers one; train that model longer")

@@ -2,7 +2,7 @@
 PPO follows it. `./run.sh vote` runs this.
 
 1. votes         chat.py shows two answers to each question, and you say which one is better
-2. reward model  reward.py learns from the votes, without a fifth of them that is held out
+2. reward model  reward.py learns from the votes; a fifth of them is held out, or 100 more of a rule
 3. PPO           ppo.py trains the SFT model against that reward model, with the demo's flags
 4. comparison    what became of the answers, and what your votes say about your taste
 
@@ -116,13 +116,14 @@ def person_votes(n: int, folder: Path) -> bool:
               "--prompts", str(file), "--temperature", "1", "--top-p", "1", "--max-tokens", "40"])
     last = last_asked(votes, questions)
     if last < n:
-        now = f" With --votes {last}, it learns from the votes so far." * (last >= FEWEST)
-        tell(f"You left after {last} of {n} questions. ./run.sh vote with the same flags goes on there.{now}")
+        said = f"You left after {last} of {n} questions. ./run.sh vote with the same flags goes on there."
+        if len(decided(folder)) >= FEWEST:
+            said += f" With --votes {last}, it learns from the votes so far."
+        tell(said)
     return last == n
 
 def last_asked(votes: Path, questions: list[str]) -> int:
-    """The number of the last question that has a vote, or 0. Those before it have votes too, except where
-    both answers were the same."""
+    """The number of the last question that has a vote, or 0. Those before it have votes too."""
     was_asked = VoteFile(str(votes)).was_asked
     return max((i for i, question in enumerate(questions, 1) if was_asked([("Human", question)])), default=0)
 
@@ -173,7 +174,8 @@ def taste(folder: Path) -> str:
         question = vote["prompt"][-1]["content"]
         if question in FACT_OF:              # somebody may have voted on others in chat.py
             chosen, rejected = (gold(question, vote[side]) for side in ("chosen", "rejected"))
-            unequal += [chosen > rejected] * (chosen != rejected)
+            if chosen != rejected:
+                unequal.append(chosen > rejected)
     left, longer = habits(votes)
     return ("In the votes on answers with different true rewards (gold), the one with the higher true "
             f"reward was chosen in {in_share(sum(unequal), len(unequal))}. The left answer was chosen in "
@@ -188,9 +190,11 @@ def agreement(folder: Path) -> tuple[int, int, int]:
 
 def in_words(before: int, after: int, n: int) -> str:
     """What came out of reward.py, from the numbers of agreement()."""
-    more = " More votes are needed to see whether it does better than that." * (wilson(after, n)[0] < 0.5)
-    return (f"the reward model agreed with {before} of {n} held-out votes before the step, and after it with "
-            f"{in_share(after, n)}. Guessing reaches 50 %.{more}")
+    said = (f"the reward model agreed with {before} of {n} held-out votes before the step, and after it with "
+            f"{in_share(after, n)}. Guessing reaches 50 %.")
+    if wilson(after, n)[0] < 0.5:
+        said += " More votes are needed to see whether it does better than that."
+    return said
 
 def answers(folder: Path) -> tuple[list[dict], list[dict]]:
     """The answers to held-out questions before PPO and after it."""

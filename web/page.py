@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from runtime.errors import BadInput, as_html
-from runtime.votes import standing_votes, tally
+from runtime.votes import standing_votes, tally_lines
 from web.rows import STEPS, rows_as_html
 from web.run import last_change, run_as_html
 from web.talk import Site, Talk, settings
@@ -107,7 +107,7 @@ def past_as_html(site: Site, talk: Talk) -> str:
 def tally_as_html(site: Site) -> str:
     """What chat.py shows at /votes."""
     try:
-        lines = tally(standing_votes(site.votes.path)) if site.votes else []
+        lines = tally_lines(standing_votes(site.votes.path)) if site.votes else []
     except BadInput as error:                # another program has written something else
         lines = [f"no tally: {error}"]
     return f'<ul class="faint">{"".join(f"<li>{as_html(line)}</li>" for line in lines)}</ul>'

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from chat import History, Speaker, read_setting, start_answers, turns_of
+from chat import History, Speaker, forget_last, read_setting, start_answers, turns_of
 from data import Record
 from runtime.errors import BadInput, as_html
 from runtime.votes import Pair, VoteFile, check_vote, hidden
@@ -73,19 +73,22 @@ class Talk:
                     if time.monotonic() - shown > SECONDS_BETWEEN_UPDATES:
                         yield
                         shown = time.monotonic()
-            self.end(turns[0], [speaker.folder for speaker in speakers])
+            self.end(Pair(turns[0], self.texts, [speaker.folder for speaker in speakers]), args.seed)
         finally:
             self.is_busy, self.question = False, self.question if self.pair else ""
 
-    def end(self, turns: list[tuple[str, str]], folders: list[str]):
+    def end(self, pair: Pair, seed: int | None):
         """With a vote, decides as chat.vote_on does. Without one, each speaker goes on with its answer."""
-        self.texts, self.is_busy = [text.strip() for text in self.texts], False
+        self.texts = pair.texts = [text.strip() for text in self.texts]
+        self.is_busy = False
         if self.votes and self.is_stopped:
             self.tell("stopped: there is no vote, and the question is forgotten")
         elif self.votes and self.texts[0] != self.texts[1]:
-            self.pair = Pair(turns, self.texts, folders)
+            self.pair = pair
         else:
-            self.tell("both answers are the same: there is no vote" if self.votes else "")
+            if self.votes:
+                self.votes.add(pair, "s", self.temperature, seed)
+                self.tell("both answers are the same: this counts as a skip")
             self.go_on(self.texts)
 
     def go_on(self, answers: list[str], chosen: int = -1):
@@ -109,15 +112,11 @@ class Talk:
     def undo(self):
         """While two answers wait, takes the vote before back. Else forgets the last question and its vote."""
         self.check_idle()
-        if not self.pair and not self.history:
-            raise BadInput("nothing has been said yet")
         if self.pair:
             self.message = "the last vote is taken back" if self.votes.undo() else "there is no vote yet"
-            return
-        question, _ = self.history.pop()
-        is_undone = self.votes and self.votes.undo([*turns_of(self.history, 0), ("Human", question)])
-        self.message = "the vote is taken back" if is_undone else "forgotten"
-        self.past.pop()
+        else:
+            self.message = forget_last(self.history, self.votes)
+            del self.past[len(self.history):]
 
     def clear(self):
         """Begins a new conversation. Two answers that wait get no vote."""
