@@ -11,12 +11,12 @@ With --vote their names are hidden until you have said which answer is better. r
 
 In the conversation (/help lists this):
     /retry             answer the last question again
-    /undo              forget the last question and its answer
+    /undo              forget the last question and its answer; where you vote, u does too
     /clear             begin a new conversation
-    /save FILE         write the conversation as JSON lines that sft.py can train on
+    /save FILE         write the conversation as JSON lines, which sft.py can read
     /votes             which model the votes in the file of --vote prefer
-    /temperature X     set --temperature from here on, or show it where no X is given; alike:
-    /top_p X, /max_tokens N
+    /temperature X     set --temperature from here on; without X, show it; so do
+                       /top_p X and /max_tokens N
     /quit              leave, as Ctrl-D does; Ctrl-C only stops an answer
 """
 import signal
@@ -167,17 +167,20 @@ def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteF
     return pair.winner(key)
 
 def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace, votes: VoteFile):
-    """Votes on answers to the prompts that the file of votes does not have yet."""
-    left = [record for record in prompts if not votes.was_asked(record.turns)]
+    """Votes on answers to the prompts that have no vote yet. One whose vote is taken back comes again."""
+    left, passed_over = [record for record in prompts if not votes.was_asked(record.turns)], []
     print(f"[{len(left)} of {len(prompts)} questions are left; Ctrl-D leaves]")
     with suppress(EOFError):
-        for n, record in enumerate(left, 1):
-            text = "\n\n".join(f"{role}: {text}" for role, text in record.turns)
-            print(f"\n[{n} of {len(left)}]  {without_controls(text)}\n")
+        while left:
+            text = "\n\n".join(f"{role}: {text}" for role, text in left[0].turns)
+            print(f"\n[{len(prompts) - len(left) + 1} of {len(prompts)}]  {without_controls(text)}\n")
             try:
-                vote_on(speakers, record.turns, args, votes)
+                vote_on(speakers, left[0].turns, args, votes)
             except BadInput as error:
                 print(f"[{error}]")
+            if not votes.was_asked(left[0].turns):                 # too long, or stopped
+                passed_over.append(left[0])
+            left = [x for x in prompts if not votes.was_asked(x.turns) and x not in passed_over]
     print()
     print_tally(votes)
 

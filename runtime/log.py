@@ -7,6 +7,7 @@ logged step.
 import gc
 import json
 import math
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -57,7 +58,7 @@ class Log:
             self.tokens, self.seconds = 0, 0.0
             self.write(metrics)
             if self.bar.disable:
-                say(in_words(metrics))
+                say(in_lines(metrics))
             else:
                 shown = [key for keys in self.curves.values() for key in keys if key in metrics][:3]
                 self.bar.set_postfix_str(in_words({key: metrics[key] for key in shown}))
@@ -66,7 +67,7 @@ class Log:
     def line(self, **metrics: float):
         """Records and prints the metrics of an evaluation."""
         self.write(metrics)
-        say(in_words(metrics))
+        say(in_lines(metrics))
         self.restart_clock()
 
     def samples(self, step: int, samples: list[dict]):
@@ -145,6 +146,17 @@ class Log:
 def in_words(metrics: dict[str, float]) -> str:
     """step 5  loss 0.4938"""
     return "  ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in metrics.items())
+
+def in_lines(metrics: dict[str, float]) -> str:
+    """in_words, in several lines where the terminal is narrow."""
+    width = shutil.get_terminal_size((10**6, 0)).columns           # a file is as wide as can be
+    lines = []
+    for words in in_words(metrics).split("  "):
+        if lines and len(f"{lines[-1]}  {words}") < width:
+            lines[-1] += f"  {words}"
+        else:
+            lines.append(f"  {words}" if lines else words)
+    return "\n".join(lines)
 
 def moving_mean(y: np.ndarray) -> np.ndarray:
     """The mean over a twelfth of the points around each, over fewer at the ends."""

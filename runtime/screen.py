@@ -105,4 +105,6 @@ def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> str:
 def print_tally(votes: VoteFile | None):
     if votes is None:
         raise BadInput("there are no votes without --vote")
-    print("\n".join(f"[{line}]" for line in tally_lines(standing_votes(votes.path))))
+    width = shutil.get_terminal_size().columns - 1
+    for line in tally_lines(standing_votes(votes.path)):
+        print(textwrap.fill(f"[{line}]", width, break_long_words=False, break_on_hyphens=False))

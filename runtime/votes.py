@@ -91,11 +91,11 @@ class VoteFile:
                 raise OSError("it does not hold JSON lines, to which a line can be added")
         except (OSError, ValueError) as error:         # ValueError: a null character in the name
             raise BadInput(f"--vote {path}: cannot be written ({error.args[-1]})") from None
-        self.asked = {json.dumps(row["prompt"]) for row in read_lines(self.path) if is_vote(row)}
+        self.asked = Counter(json.dumps(vote["prompt"]) for vote in standing_votes(self.path))
 
     def was_asked(self, turns: list[tuple[str, str]]) -> bool:
-        """Whether somebody has voted on this prompt, or has skipped it. A vote that was taken back counts."""
-        return json.dumps(as_messages(turns)) in self.asked
+        """Whether somebody has voted on this prompt, or has skipped it."""
+        return self.asked[json.dumps(as_messages(turns))] > 0
 
     def add(self, pair: Pair, key: str, temperature: float, seed: int | None) -> dict:
         """Writes the vote: a key of KEYS. BadInput where it cannot be written; it can then be repeated."""
@@ -107,7 +107,7 @@ class VoteFile:
                 "seconds": round(time.monotonic() - pair.shown, 1),
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.append(vote)
-        self.asked.add(json.dumps(vote["prompt"]))
+        self.asked[json.dumps(vote["prompt"])] += 1
         self.given.append(vote)
         return vote
 
@@ -116,6 +116,7 @@ class VoteFile:
         if not self.given:
             return None
         self.append({"undo": self.given[-1]["id"]})
+        self.asked[json.dumps(self.given[-1]["prompt"])] -= 1
         return self.given.pop()
 
     def undo_on(self, turns: list[tuple[str, str]]) -> list[dict]:
@@ -221,7 +222,7 @@ def in_share(wins: float, n: int) -> str:
     return f"{wins} of {n} ({100 * wins / n:.0f} %; 95 % interval: {100 * low:.0f} to {100 * high:.0f} %)"
 
 def tally_lines(votes: list[dict]) -> list[str]:
-    """Lines that say who won: for each two models, and then for the left and the longer answer."""
+    """Lines that say who won: for each two models, and then for answer A (left) and the longer answer."""
     if not votes:
         return ["no votes yet"]
     lines = []
@@ -235,7 +236,7 @@ def tally_lines(votes: list[dict]) -> list[str]:
                 f"{first} was better than {second} in {in_share(won[first], n)}")
         lines.append(f"{line}; ties: {kinds['t']}, skips: {kinds['s']}")
     left, longer = habits(votes)
-    lines.append(f"the left answer was chosen in {in_share(*left)}, the longer one in {in_share(*longer)}")
+    lines.append(f"answer A was chosen in {in_share(*left)}, the longer answer in {in_share(*longer)}")
     return [without_controls(line) for line in lines]
 
 def habits(votes: list[dict]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -476,7 +476,8 @@ FAULTS = [
     memory("new = 0 if to_cpu and not several else mine", "new = 0 if to_cpu else mine"),
 
     # votes
-    votes("is_vote(row)}", "is_vote(row) and False}"),
+    votes("for vote in standing_votes(self.path))", "for vote in [])"),
+    votes('[-1]["prompt"])] -= 1', '[-1]["prompt"])] -= 0'),
     votes('{"a": 0, "b": 1}.get(key)', '{"a": 1, "b": 0}.get(key)'),
     votes("os.ftruncate(file.fileno(), size)", "pass"),
     votes('b"\\n" * (not ends_with_newline(self.path, size)) + line', "line"),

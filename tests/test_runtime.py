@@ -310,6 +310,15 @@ def test_in_a_pipe_every_logged_step_is_a_line_and_on_a_terminal_only_evaluation
     assert len(lines) == 5                   # the file has them all
 
 
+def test_an_evaluation_breaks_between_metrics_where_the_terminal_is_narrow(log, capsys, monkeypatch):
+    narrow = "step 2\n  eval_score 0.1235\n  gold 0.5\n"
+    for columns, shown in ((40, "step 2  eval_score 0.1235  gold 0.5\n"), (25, narrow), (5, narrow),
+                           (30, "step 2  eval_score 0.1235\n  gold 0.5\n")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        log.line(step=2, eval_score=0.123456, gold=0.5)
+        assert capsys.readouterr().out == shown
+
+
 def test_tokens_per_second_count_the_steps_alone(log, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])

@@ -125,6 +125,8 @@ def test_who_leaves_goes_on_there_and_hears_how(chatting, capsys):
     after = (chatting.folder / "votes.jsonl").read_bytes()
     assert after.startswith(before) and len(lines(chatting.folder / "votes.jsonl")) == 20
     assert toy.vote.person_votes(20, chatting.folder) and len(chatting.shown) == 3         # nothing is left
+    said = " ".join(capsys.readouterr().out.split())
+    assert "You have voted on 20 questions already" in said and said.count("Type a or b") == 1
 
 
 def test_more_questions_are_other_questions_and_fewer_are_the_first_of_them(chatting):
@@ -147,7 +149,7 @@ def test_who_leaves_very_early_is_not_told_to_learn_from_it(chatting, capsys):
 def test_a_fifth_of_the_votes_is_held_out_and_no_vote_is_on_both_sides(chatting):
     chatting.keys += "abtabsab" * 3
     toy.vote.person_votes(24, chatting.folder)
-    toy.vote.divide(chatting.folder)
+    assert toy.vote.divide(chatting.folder) == 18
     learn, held_out = (lines(chatting.folder / f"{name}.jsonl") for name in ("learn", "held-out"))
     assert (len(learn), len(held_out)) == (15, 3) and {row["vote"] for row in learn + held_out} == {"a", "b"}
     assert len({row["id"] for row in learn + held_out}) == 18
@@ -192,7 +194,7 @@ def test_the_lesson_makes_what_is_missing_and_then_trains_on_the_votes(monkeypat
     assert Path(folder, "held-out.jsonl").read_text() == "sure 100 prompts-held-out.jsonl"
     said = capsys.readouterr().out
     assert "agreed with 52 of 100 held-out votes before the step" in said and f"{folder} sure" in said
-    for words in ("123 pairs of answers", "right answers from wrong ones", 'with "Sure", right or wrong.'):
+    for words in ("123 pairs of answers", "right and friendly answers", 'with "Sure", right or wrong.'):
         assert words in " ".join(said.split())
     assert not [line for line in said.splitlines() if len(line) > 79]
 
@@ -291,7 +293,7 @@ def trained(tmp_path):
 def test_what_the_votes_say_about_a_taste(trained):
     said = toy.vote.taste(trained)
     assert "higher true reward was chosen in 2 of 4 (50 %;" in said
-    assert "The left answer was chosen in 4 of 6" in said and "the longer one in 3 of 5" in said
+    assert "Answer A was chosen in 4 of 6" in said and "the longer one in 3 of 5" in said
 
 
 def test_the_agreement_is_told_in_votes(trained):
@@ -304,11 +306,13 @@ def test_the_agreement_is_told_in_votes(trained):
 def test_the_page_shows_answers_and_numbers_before_and_after_ppo(trained, capsys):
     toy.vote.compare(trained, "sure")
     said = capsys.readouterr().out
-    assert all(len(line) < 80 for line in said.splitlines())
+    assert all(len(line) < 80 for line in said.splitlines() if str(trained) not in line)
     france = said[said.index("capital of France?"):].splitlines()[1:3]
+    assert "agreed with 4 of 10 held-out votes" in " ".join(said.split())
+    assert f"chat.py --model runs/toy/sft --versus {trained}/ppo" in said
     assert [" ".join(line.split()) for line in france] == ["before [0.0] Go away.", f"after [1.0] {SURE}"]
     numbers = [line.split()[-2:] for line in said.splitlines() if re.search(r"\d\.\d\d +-?\d+\.\d\d$", line)]
-    assert " ".join(sum(numbers, [])) == "0.40 0.90 0.00 1.00 -0.10 2.20 0.44 0.65 6.90 12.00 0.00 3.50"
+    assert " ".join(sum(numbers, [])) == "0.00 1.00 -0.10 2.20 0.44 0.65 6.90 12.00 0.00 3.50"
     toy.vote.compare(trained, None)
     assert "share of answers" in said and "share of answers" not in capsys.readouterr().out
 

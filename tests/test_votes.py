@@ -55,11 +55,11 @@ def test_a_vote_is_one_line_that_says_all(key, chosen, rejected, ballot):
 def test_a_vote_that_is_taken_back_stays_in_the_file_and_does_not_count(ballot):
     ballot.add(pair(), "a", 1.0, None)
     second = ballot.add(pair(), "b", 1.0, None)
-    assert ballot.undo()["id"] == second["id"]
+    assert ballot.undo()["id"] == second["id"] and ballot.was_asked(QUESTION)
     assert [row.get("undo", row.get("vote")) for row in lines(ballot.path)] == ["a", "b", second["id"]]
     assert [vote["vote"] for vote in votes.standing_votes(ballot.path)] == ["a"]
     assert ballot.undo()["vote"] == "a" and ballot.undo() is None and len(lines(ballot.path)) == 4
-    assert ballot.was_asked(QUESTION)                              # it is not asked again
+    assert not ballot.was_asked(QUESTION) and not VoteFile(str(ballot.path)).was_asked(QUESTION)
 
 
 def test_an_undo_for_one_prompt_takes_all_votes_on_it_back_but_a_skip_of_another_alone(ballot):
@@ -246,7 +246,7 @@ def test_the_tally_says_who_won_and_what_the_voter_is_prone_to(ballot):
     assert first == ("runs/a was better than runs/b in 3 of 4 (75 %; 95 % interval: 30 to 95 %); ties: 1, "
                      "skips: 1")
     assert second == "1 vote between two answers of runs/a; ties: 0, skips: 0"
-    assert habits.startswith("the left answer was chosen in 3 of 5 (60 %") and "in 2 of 4 (50 %" in habits
+    assert habits.startswith("answer A was chosen in 3 of 5 (60 %") and "in 2 of 4 (50 %" in habits
 
 
 # -------------------------------------------------------------------------------------- the order
@@ -421,13 +421,24 @@ def test_the_questions_of_a_file_are_asked_once_each(vote, talk, tmp_path):
                           {"role": "user", "content": "then"}]}]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = "--prompts", tmp_path / "questions.jsonl"
-    shown = vote("a\nu\n", *flags)                                 # the input ends before the second vote
+    shown = vote("a\n", *flags)                                    # the input ends before the second vote
     assert "[4 of 4 questions are left" in shown and "[2 of 4]  Human: who" in shown
     shown = vote("b\ns\na\n", *flags)
     assert "[3 of 4 questions are left" in shown and re.search("Human: and\\s+Assistant: so\\s+Human", shown)
-    assert [row.get("vote") for row in lines(vote.file)] == ["a", None, "b", "s", "a"]
+    assert [row.get("vote") for row in lines(vote.file)] == ["a", "b", "s", "a"]
     assert [len(row["prompt"]) for row in lines(vote.file) if "prompt" in row] == [1, 1, 1, 3]
     assert "[0 of 4 questions are left" in vote("", *flags) and "was better than" in shown
+
+
+def test_a_question_of_the_file_whose_vote_is_taken_back_comes_again(vote, tmp_path):
+    rows = [{"prompt": word} for word in ("why", "who", "and")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = "--prompts", tmp_path / "questions.jsonl"
+    shown = vote("a\nu\nb\nt\n", *flags)                           # two questions, and the first one again
+    assert re.findall(r"\n\[(\d) of 3\]  Human: (\w+)", shown) == [
+        ("1", "why"), ("2", "who"), ("2", "why"), ("3", "and")]
+    assert "[1 of 3 questions are left" in (shown := vote("u\na\n", *flags)) and "no vote to take" in shown
+    assert [vote["vote"] for vote in votes.standing_votes(vote.file)] == ["b", "t", "a"]
 
 
 def test_a_question_of_the_file_that_does_not_fit_is_passed_over(vote, tmp_path):

@@ -41,17 +41,19 @@ HELD_OUT = 100                               # votes of a rule on held-out quest
 
 PERSON = """Step 1: your votes (some minutes)
 The SFT model answers {n} questions, each of them twice, and you say which of the two answers is better. What
-better means is for you to decide: choose a taste that you can keep to, such as short answers, or answers that
-wish you a nice day. Type a or b, and Enter. t is a tie, s skips the question, and u takes the last vote back.
-Ctrl-D leaves, and ./run.sh vote goes on there later."""
+better means is for you to decide: choose a taste that you can keep to, such as short answers, or friendly
+ones. Only a vote for one of the two answers teaches something. Type a or b, and Enter. t is a tie, s skips
+the question, and u takes the last vote back. Ctrl-D leaves, and ./run.sh vote goes on there later."""
+VOTED = """Step 1: your votes
+You have voted on {n} questions already; the votes are in {votes}. To vote anew, delete {folder}."""
 RULE = """Step 1: the votes of the rule "{rule}" (some seconds)
 The SFT model answers questions, each of them twice, and the rule says which of the two answers is better,
 until it has preferred one of them {n} times. {taste}"""
 REWARD_MODEL = """Step 2: the reward model (some seconds)
 {start} It learns to give the answer that was chosen a higher score than the other one. Measured: in how many
 votes that are held out the chosen answer has the higher score."""
-FURTHER = """The demo's reward model, which already knows right answers from wrong ones, is trained further
-on the votes alone."""
+FURTHER = """The demo's reward model, which already prefers right and friendly answers, is trained further on
+the votes alone. With --alone, the reward model knows nothing but the votes."""
 ALONE = """A copy of the SFT model, which does not know yet which answers are right, becomes a reward model
 that learns from the votes alone."""
 PPO = """Step 3: reinforcement learning with PPO (about a minute)
@@ -59,8 +61,8 @@ The SFT model answers questions, the reward model scores the answers, and PPO ma
 more likely. The KL term and the rates are the demo's. No step is trained on the true reward (gold)."""
 COMPARISON = """Step 4: the comparison
 Answers to held-out questions before PPO and after it, sampled at temperature 1, each with its true reward
-(gold): right and friendly 1, right and curt 0.6, unsure 0.2, wrong 0.1, rude or broken 0. The taste that has
-voted may be another one."""
+(gold): right and friendly 1, right and curt 0.6, unsure 0.2, wrong 0.1, rude or broken 0. That is the demo's
+taste; the votes may have another one."""
 
 def get_args() -> Namespace:
     flags = Flags("A reward model learns from your votes, and PPO follows.")
@@ -112,8 +114,11 @@ def person_votes(n: int, folder: Path) -> bool:
     file, votes = folder / "questions.jsonl", folder / "votes.jsonl"
     file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     if last_asked(votes, questions) < n:
+        tell(PERSON.format(n=n))
         show(["python", "chat.py", "--model", str(SFT), "--versus", str(SFT), "--vote", str(votes),
               "--prompts", str(file), "--temperature", "1", "--top-p", "1", "--max-tokens", "40"])
+    else:
+        tell(VOTED.format(n=n, votes=votes, folder=folder))
     last = last_asked(votes, questions)
     if last < n:
         said = f"You left after {last} of {n} questions. ./run.sh vote with the same flags goes on there."
@@ -127,9 +132,9 @@ def last_asked(votes: Path, questions: list[str]) -> int:
     was_asked = VoteFile(str(votes)).was_asked
     return max((i for i, question in enumerate(questions, 1) if was_asked([("Human", question)])), default=0)
 
-def divide(folder: Path):
+def divide(folder: Path) -> int:
     """Deals the votes for one of two answers to two files, every fifth one to held-out.jsonl, the others to
-    learn.jsonl. BadInput where they are too few."""
+    learn.jsonl. Returns their number; BadInput where they are too few."""
     votes = decided(folder)
     if len(votes) < FEWEST:
         raise BadInput(f"{folder / 'votes.jsonl'}: holds {len(votes)} votes for one of two answers (ties and "
@@ -138,6 +143,7 @@ def divide(folder: Path):
     sides = {"held-out": votes[4::5], "learn": [vote for i, vote in enumerate(votes) if i % 5 != 4]}
     for name, dealt in sides.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in dealt))
+    return len(votes)
 
 def decided(folder: Path) -> list[dict]:
     """The votes for one of two answers."""
@@ -178,7 +184,7 @@ def taste(folder: Path) -> str:
                 unequal.append(chosen > rejected)
     left, longer = habits(votes)
     return ("In the votes on answers with different true rewards (gold), the one with the higher true "
-            f"reward was chosen in {in_share(sum(unequal), len(unequal))}. The left answer was chosen in "
+            f"reward was chosen in {in_share(sum(unequal), len(unequal))}. Answer A was chosen in "
             f"{in_share(*left)}, the longer one in {in_share(*longer)}. A reward model learns such habits.")
 
 def agreement(folder: Path) -> tuple[int, int, int]:
@@ -191,7 +197,7 @@ def agreement(folder: Path) -> tuple[int, int, int]:
 def in_words(before: int, after: int, n: int) -> str:
     """What came out of reward.py, from the numbers of agreement()."""
     said = (f"the reward model agreed with {before} of {n} held-out votes before the step, and after it with "
-            f"{in_share(after, n)}. Guessing reaches 50 %.")
+            f"{in_share(after, n)}. Guessing agrees with half of them.")
     if wilson(after, n)[0] < 0.5:
         said += " More votes are needed to see whether it does better than that."
     return said
@@ -205,7 +211,7 @@ def measured(folder: Path, rule: str | None) -> list[tuple[str, float, float]]:
     """(what, before PPO, after it), all of them means over the answers to held-out questions."""
     lines = read_lines(folder / "ppo" / "metrics.jsonl")
     found = [(what, *before_and_after(lines, key)) for what, key in [
-        ("score by the reward model, standard deviations", "eval_score"), ("true reward (gold)", "gold"),
+        ("score by this reward model (SFT: mean 0, spread 1)", "eval_score"), ("true reward (gold)", "gold"),
         ("length of an answer, tokens", "eval_length"), ("KL to the SFT model, nats per answer", "eval_kl")]]
     if rule:
         shares = [share_of_hoped(rule, rows) for rows in answers(folder)]
@@ -214,16 +220,16 @@ def measured(folder: Path, rule: str | None) -> list[tuple[str, float, float]]:
 
 def compare(folder: Path, rule: str | None):
     """Prints answers before and after PPO, what was measured on all of them, and the taste of the voter."""
-    agreed_before, agreed_after, n = agreement(folder)
     before, after = answers(folder)
     for i in chosen_rows([row["prompt"] for row in before]):
         both = {"before": before[i]["response"], "after": after[i]["response"]}
         print(side_by_side(question_of(before[i]["prompt"]), both), end="\n\n")
-    rows = [(f"agreement of the reward model with {n} held-out votes", agreed_before / n, agreed_after / n)]
-    print(f"{'measured on held-out questions':62} before   after")
-    for what, *numbers in rows + measured(folder, rule):
+    print(f"{'all answers to held-out questions, before PPO and after it':62} before   after")
+    for what, *numbers in measured(folder, rule):
         print(f"{what:61} {numbers[0]:7.2f} {numbers[1]:7.2f}")
-    tell(taste(folder))
+    print("\n" + paragraph(f"Of the votes: {in_words(*agreement(folder))} {taste(folder)}"))
+    print("\nTo talk to the models before and after it (first: source .venv/bin/activate):\n\n"
+          f"    python chat.py --model {SFT} --versus {folder / 'ppo'}\n")
 
 # ------------------------------------------------------------ the lesson
 def main():
@@ -237,10 +243,9 @@ def main():
         tell(f"Result: {shown} pairs of answers were shown to the rule until it had preferred an answer "
              f"{args.votes} times. Its votes are in {folder / 'votes.jsonl'}.")
     else:
-        tell(PERSON.format(n=args.votes))
         if not person_votes(args.votes, folder):
             return
-        divide(folder)
+        tell(f"Result: {divide(folder)} votes for one of two answers. Every fifth of them is held out.")
 
     tell(REWARD_MODEL.format(start=ALONE if args.alone else FURTHER))
     show(command("reward", SEED, folder, **reward_flags(folder, args.alone)))
