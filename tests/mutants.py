@@ -462,7 +462,8 @@ FAULTS = [
     log("[::1 + len(x) // POINTS]", ""),
     program("args.password is None:", "args.password:"),
     program("< LOWEST", "> LOWEST"),
-    page("if not talk.is_busy:\n            return", "if False:\n            return"),
+    page("if not talk.is_busy:", "if False:"),
+    page("            yield gr.skip()\n", ""),
 
     # the calculator of memory: what is kept, divided, copied
     memory('("gate_proj", "up_proj"): C', '("gate_proj", "up_proj"): 0'),

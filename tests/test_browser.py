@@ -109,6 +109,12 @@ def test_both_columns_grow_and_a_vote_by_key_lands_in_the_file(
         page.until("document.activeElement.tagName === 'TEXTAREA'")   # ready for the next question
         page.ask("u and a are letters here")
         page.until(IS_VOTE)
+        shown = page.texts()
+        page.ask("and now")                                        # refused, and nothing is lost
+        page.until("document.body.innerText.includes('say first which')")
+        page.until("document.activeElement.tagName === 'BODY'")     # the keys vote again
+        assert page.texts() == shown and page.js("document.querySelector('#question textarea').value") == (
+            "and now") and "better than" in page.js("document.body.innerText")
         page.press("u")                                            # takes the first vote back
         wait_for(lambda: not standing_votes(site.votes.path))
         page.press("s")

@@ -299,12 +299,13 @@ def test_settings_out_of_range_are_refused(values, wrong, site):
         settings(site, **values)
 
 
-def test_a_question_that_was_refused_is_not_answered(site):
+def test_a_question_that_was_refused_is_not_answered_and_changes_nothing_on_the_page(site):
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio")
     talk, tab = Talk(site.votes), SimpleNamespace(site=site)
-    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == []     # nothing was asked
+    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == [gradio.skip()]    # nothing was asked
     asked(talk, site, "why")
     pair = talk.pair
-    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == [] and talk.pair is pair
+    assert list(ChatTab.answer(tab, talk, 0.7, 0.9, 40)) == [gradio.skip()] and talk.pair is pair
 
 
 def test_settings_of_one_browser_are_not_those_of_another(site):

@@ -24,7 +24,6 @@ def build(site: Site):
                 tab(site)
     return page
 
-# ------------------------------------------------------------ chat
 class ChatTab:
     """The parts of the tab, and what each event does. Every browser has its own Talk; `site` is shared."""
 
@@ -86,7 +85,9 @@ class ChatTab:
 
     def answer(self, talk: Talk, temperature: float, top_p: float, max_tokens: float) -> Iterator[dict]:
         """Streams the answers to the question that has been taken in, if one has."""
-        if not talk.is_busy:
+        import gradio as gr
+        if not talk.is_busy:                 # it was refused, or empty: the page stays as it is
+            yield gr.skip()
             return
         question = talk.question
         try:
@@ -112,7 +113,6 @@ def tally_as_html(site: Site) -> str:
         lines = [f"no tally: {error}"]
     return f'<ul class="faint">{"".join(f"<li>{as_html(line)}</li>" for line in lines)}</ul>'
 
-# ------------------------------------------------------------ run, data
 def run_tab(site: Site):
     import gradio as gr
     curves, page, samples = gr.HTML(), gr.Number(1, label="page of questions", precision=0), gr.HTML()
