@@ -272,6 +272,13 @@ def test_a_question_that_is_too_long_is_one_line_and_nothing_is_lost(base, tmp_p
     assert "oldest turns are left out" in talk.message and "[" not in talk.message
 
 
+def test_what_both_models_say_is_shown_once():
+    talk = Talk(None)
+    for line in ("[the oldest turns are left out]", "[the oldest turns are left out]", "stopped", ""):
+        talk.tell(line)
+    assert talk.message == "the oldest turns are left out. stopped"
+
+
 def test_the_network_is_held_for_both_answers_and_free_when_a_browser_has_gone(plain_site, monkeypatch):
     answers(monkeypatch, say, pause=0.06)
     first, second = Talk(None), Talk(None)

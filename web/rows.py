@@ -9,11 +9,10 @@ from data import Record, Tokenizer
 from runtime.errors import as_html
 from web.talk import Site
 
-Tokens = list[tuple[int | str, str]]         # (id or text, kind)
+Tokens = list[tuple[int | str, str]]         # (id or text, kind); {name: Tokens} is a row of a batch
 ROWS = 6                                     # on a page; they are padded as one batch
 PADDING = "makes the rows of a batch equally long; the mask hides it"
-# What the kinds of tokens are, in each step.
-LEGEND = {
+LEGEND = {                                   # what the kinds of tokens are, in each step
     "sft": {"prompt": "the model reads it and does not learn it: the label is \u2212100, there is no loss",
             "answer": "the model learns to write it, each token from all that stands left of it",
             "EOS": "has a label too: the model learns to stop here",
@@ -56,7 +55,6 @@ def batch_as_html(tokenizer: Tokenizer, step: str, records: list[Record], max_le
                  f"{record_as_html(tokenizer, record, prompt)}</details></div>")
     return html
 
-# ------------------------------------------------------------ the batch of each step, {name: tokens} of a row
 def sft_batch(tokenizer: Tokenizer, rows: list[tuple[Record, tuple]]) -> list[dict[str, Tokens]]:
     batch, tensors = [], (x.tolist() for x in data.collate_sft([row for _, row in rows]))
     for (record, (row, n_prompt)), ids, mask, labels in zip(rows, *tensors, strict=True):
@@ -85,7 +83,6 @@ def ppo_batch(tokenizer: Tokenizer, rows: list[tuple[Record, list[int]]]) -> lis
 STEPS = {"sft": (data.encode_sft, sft_batch), "reward": (data.encode_pair, reward_batch),
          "ppo": (data.encode_prompt, ppo_batch)}
 
-# ------------------------------------------------------------ as HTML
 @functools.lru_cache(maxsize=100_000)
 def token_text(tokenizer: Tokenizer, id: int) -> str:
     """A token as it looks inside a text; one that is no text by itself, such as a byte, as its piece."""

@@ -97,7 +97,8 @@ class Talk:
         self.history[at], self.past[at] = [(self.question, answers)], [self.as_html(chosen)]
 
     def tell(self, line: str):
-        self.message = f"{self.message} {line.strip('[]')}".strip()
+        if (line := line.strip("[]")) not in self.message:         # both models may say the same
+            self.message = f"{self.message}. {line}".removeprefix(". ")
 
     def vote(self, key: str, seed: int | None):
         """Writes the vote. BadInput where it cannot be written; the two answers then wait for another try."""
