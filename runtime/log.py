@@ -200,8 +200,8 @@ def panel_as_html(title: str, series: dict[str, np.ndarray]) -> str:
         way = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, line, strict=True))
         drawn += f'<polyline class="c{n}" points="{way}"/>'
         names += f'<b class="c{n}">{key} {points[-1, 1]:.4g}</b>'
-    return (f'<figure><figcaption>{as_html(title)}<span>{names}</span></figcaption><div class="axis">'
-            f'<span>{high:.3g}</span><span>{low:.3g}</span></div><svg role="img" '
+    return (f'<figure><figcaption>{as_html(title)}<div>{names}</div></figcaption><div class="axis">'
+            f'<span>{high:.3g}</span>{"" if low == high else f"<span>{low:.3g}</span>"}</div><svg role="img" '
             f'aria-label="{as_html(title)}" viewBox="-4 -4 {WIDTH + 8} {HEIGHT + 8}">{drawn}</svg>'
             f'<div class="steps"><span>step 0</span><span>{last:.0f}</span></div></figure>')
 

@@ -461,6 +461,7 @@ FAULTS = [
     log("HEIGHT * (high - points[:, i])", "HEIGHT * points[:, i]"),
     log("* ROWS:page * ROWS]", "* ROWS:]"),
     log("[::1 + len(x) // POINTS]", ""),
+    log("if low == high else", "if low < high else"),
     program("args.password is None:", "args.password:"),
     program("< LOWEST", "> LOWEST"),
     page("if not talk.is_busy:", "if False:"),

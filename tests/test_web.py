@@ -382,6 +382,12 @@ def test_a_line_that_is_being_written_and_numbers_that_were_not_finite_do_no_har
     assert "step 40" in page and "nan" not in page and page.count("<figure>") == 2
 
 
+def test_a_curve_that_never_changes_has_one_number_at_its_axis():
+    for last, n in ((1.0, 1), (2.0, 2)):
+        page = panels_as_html([{"step": 0, "loss": 1.0}, {"step": 1, "loss": last}], {"loss": ["loss"]})
+        assert re.search(r'class="axis">(.*?)</div>', page)[1].count("<span>") == n
+
+
 def test_a_curve_of_a_long_run_has_few_points(tmp_path):
     lines = [{"step": n, "loss": n % 7} for n in range(50_000)]
     assert 150 <= panels_as_html(lines, {"loss": ["loss"]}).count("<circle") <= 330
