@@ -201,11 +201,15 @@ def test_a_narrow_page_is_not_cut_and_a_dark_one_is_dark(
         page = Page(chromium, address, width=360, height=740, dark=dark)
         page.ask("x" * 300)
         page.until("document.querySelector('.reply') && !document.querySelector('.running')")
+        tops = page.js("[...document.querySelectorAll('#buttons button')].map(x => x.offsetTop)")
+        assert len(tops) == 5 and len({*tops}) == 1                # in one row
         for tab, part in (("chat", ".reply"), ("run", ".samples"), ("data", ".tokens")):
             page.tab(tab)
             page.until(f"document.querySelector('{part}')?.offsetParent")
             assert page.js("document.documentElement.scrollWidth <= innerWidth")
             assert page.js(f"document.querySelector('{part}').getBoundingClientRect().right <= innerWidth")
+        boxes = page.js("[...document.querySelectorAll('.tokens .t')].map(x => x.getClientRects().length)")
+        assert {*boxes} == {1}                                     # no token goes over two lines
         paper, ink = (page.js(f"getComputedStyle(document.querySelector('{part}')).{name}"
                               ".match(/[\\d.]+/g).slice(0, 3).map(Number)")
                       for part, name in (("body", "backgroundColor"), (".legend", "color")))

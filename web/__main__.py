@@ -81,13 +81,14 @@ def make_server(site: Site):
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    password, folder, bare = site.args.password, Path(__file__).parent, FastAPI(docs_url=None, redoc_url=None)
+    password, css = site.args.password, Path(__file__).with_name("page.css")
     auth = password and (lambda _, word: secrets.compare_digest(word.encode(), password.encode()))
     app = gr.mount_gradio_app(
-        bare, build(site), "/", footer_links=[], auth=auth, auth_message="Any name will do.", max_file_size=1,
-        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, show_error=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=folder / "page.css", head=f"<script>{(folder / 'page.js').read_text()}</script>")
+        FastAPI(docs_url=None, redoc_url=None), build(site), "/", footer_links=[], auth=auth, max_file_size=1,
+        auth_message="Any name will do.", ssr_mode=False, mcp_server=False, pwa=False,
+        enable_monitoring=False, show_error=False, theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css_paths=css, head=f"<script type=module>{css.with_suffix('.js').read_text()}</script>")
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1,
                                          headers=[("Content-Security-Policy", POLICY)]))
 

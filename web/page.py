@@ -37,10 +37,11 @@ class ChatTab:
         with gr.Row(visible=False) as self.row:
             self.votes = {key: gr.Button(VOTES[key], elem_id=f"vote-{key}", size="md", min_width=120)
                           for key in VOTES}
-        self.box = gr.Textbox(show_label=False, placeholder="Question", max_lines=8, max_length=10**6,
-                              autofocus=True, elem_id="question")
-        with gr.Row():
-            self.buttons = {key: gr.Button(BUTTONS[key], elem_id=key, size="sm", min_width=50)
+        self.box = gr.Textbox(label="Question", show_label=False, container=False, placeholder="Question",
+                              max_lines=8, max_length=10**6, autofocus=True, elem_id="question")
+        with gr.Row(elem_id="buttons"):
+            self.buttons = {key: gr.Button(BUTTONS[key], elem_id=key, size="sm", min_width=0,
+                                           variant="primary" if key == "send" else "secondary")
                             for key in BUTTONS}
         with gr.Accordion("Sampling", open=False):
             top = max(2, args.temperature)
@@ -115,8 +116,9 @@ def tally_as_html(site: Site) -> str:
 
 def run_tab(site: Site):
     import gradio as gr
-    curves, page, samples = gr.HTML(), gr.Number(1, label="page of questions", precision=0), gr.HTML()
-    drawn = gr.State()                       # what this browser shows: the page, and the state of the files
+    curves, drawn = gr.HTML(), gr.State()    # drawn: the page and the state of the files that are shown
+    page = gr.Number(1, label="page of questions", precision=0, visible=site.run is not None, elem_id="page")
+    samples = gr.HTML()
 
     def draw(page, before):
         if before == (after := [page, *last_change(site.run)]):
@@ -130,8 +132,8 @@ def data_tab(site: Site):
     import gradio as gr
     length, show = min(site.args.max_len, site.speakers[0].model.config.context), partial(rows_as_html, site)
     with gr.Row(visible=site.records is not None):
-        inputs = [gr.Radio([*STEPS], value="sft", label="step"),
-                  gr.Number(length, label="--max-len, --max-prompt", precision=0),
+        inputs = [gr.Radio([*STEPS], value="sft", label="step", min_width=320),
+                  gr.Number(length, label="--max-len, --max-prompt", precision=0, min_width=200),
                   gr.Number(1, label="page", precision=0)]
     rows = gr.HTML(show("sft", length, 1))
     gr.on([part.change for part in inputs], show, inputs, rows, api_name="rows", **QUICK)

@@ -22,8 +22,7 @@ def run_as_html(run: Path | None, page: float | None) -> tuple[str, str]:
     if not lines:
         return f'<p class="empty">{name} has no measurements yet. They appear here.</p>', ""
     known = {key for line in lines for key in line}
-    # the trainer whose metrics these are
-    panels = max((sft.CURVES, reward.CURVES, ppo.CURVES),
+    panels = max((sft.CURVES, reward.CURVES, ppo.CURVES),          # those of the trainer of this run
                  key=lambda panels: len(known & {*itertools.chain(*panels.values())}))
     when = time.strftime("%H:%M:%S", time.localtime(max(last_change(run), default=0)))
     return (f"<p>{name}, step {lines[-1]['step']}, written at {when}. A point is a measurement, a line their "
