@@ -450,7 +450,7 @@ FAULTS = [
     talk("with site.lock:", "if True:"),
     talk("turns_of(before, i)", "turns_of(before, 0)"),
     talk("    check_vote(args)\n", ""),
-    talk('if (line := line.strip("[]")) not in self.message:', 'if line := line.strip("[]"):'),
+    talk('.removeprefix(". ")', ''),
     talk("self.is_busy, self.question = False, self", "self.question = self"),
     shown_rows("\"prompt\" if label == -100", "\"prompt\" if label == 0"),
     shown_rows("int(mask[n].sum()) - 1", "int(mask[n].sum())"),

@@ -272,9 +272,9 @@ def test_a_question_that_is_too_long_is_one_line_and_nothing_is_lost(base, tmp_p
     assert "oldest turns are left out" in talk.message and "[" not in talk.message
 
 
-def test_what_both_models_say_is_shown_once():
+def test_what_is_said_of_an_answer_is_sentences():
     talk = Talk(None)
-    for line in ("[the oldest turns are left out]", "[the oldest turns are left out]", "stopped", ""):
+    for line in ("[the oldest turns are left out]", "stopped"):
         talk.tell(line)
     assert talk.message == "the oldest turns are left out. stopped"
 

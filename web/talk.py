@@ -97,8 +97,7 @@ class Talk:
         self.history[at], self.past[at] = [(self.question, answers)], [self.as_html(chosen)]
 
     def tell(self, line: str):
-        if (line := line.strip("[]")) not in self.message:         # both models may say the same
-            self.message = f"{self.message}. {line}".removeprefix(". ")
+        self.message = f"{self.message}. {line.strip('[]')}".removeprefix(". ")
 
     def vote(self, key: str, seed: int | None):
         """Writes the vote. BadInput where it cannot be written; the two answers then wait for another try."""
