@@ -11,7 +11,7 @@ With --vote their names are hidden until you have said which answer is better. r
 
 In the conversation (/help lists this):
     /retry             answer the last question again
-    /undo              forget the last question and its answer; where you vote, u does too
+    /undo              go back to before the last answer; where you vote, u does too
     /clear             begin a new conversation
     /save FILE         write the conversation as JSON lines, which sft.py can read
     /votes             which model the votes in the file of --vote prefer
@@ -41,7 +41,7 @@ from runtime.flags import Flags, number
 from runtime.gpu import gpu_is_usable
 from runtime.kinds import Turns, clean_turns
 from runtime.screen import ask_for_vote, print_tally, save, show
-from runtime.votes import Pair, VoteFile, as_messages, check_vote, hidden, open_votes
+from runtime.votes import Conversation, Pair, VoteFile, as_messages, check_vote, hidden, open_votes, winner
 
 SETTINGS = {"temperature": number(0, 100), "top_p": number(0, 1), "max_tokens": number(1, 10**6, int)}
 SMALL_MODEL = 3e7                            # parameters
@@ -73,9 +73,6 @@ class Speaker:
     folder: str
     model: Llama
     tokenizer: Tokenizer
-
-# A conversation: for each question, the answers of all speakers.
-History = list[tuple[str, list[str]]]
 
 # ------------------------------------------------------------ answers
 def answer(speaker: Speaker, turns: Turns, args: Namespace, uniforms: Tensor,
@@ -128,65 +125,61 @@ def start_answers(speakers: list[Speaker], conversations: list[Turns], args: Nam
 
 def ask(speakers: list[Speaker], conversations: list[Turns], args: Namespace) -> tuple[list[str], bool]:
     """Prints all answers. Returns them, and whether they are whole: Ctrl-C stops an answer."""
-    return show([speaker.name for speaker in speakers], *start_answers(speakers, conversations, args))
+    names, needs_all = [speaker.name for speaker in speakers], args.vote is not None
+    return show(names, *start_answers(speakers, conversations, args), needs_all)
 
-def reply(speakers: list[Speaker], history: History, question: str, args: Namespace,
-          votes: VoteFile | None) -> list[str]:
-    """Prints the answers to a question, and returns those with which the conversation goes on: each speaker's
-    own, or for all of them the one that won the vote. [] where the question was skipped."""
-    conversations = [[*turns_of(history, i), ("Human", question)] for i in range(len(speakers))]
-    if votes is None:
-        return ask(speakers, conversations, args)[0]
-    winner = vote_on(speakers, conversations[0], args, votes)
-    return [] if winner is None else [winner] * len(speakers)
-
-def turns_of(history: History, i: int) -> Turns:
-    """A conversation as turns (role, text) of the human and speaker i."""
-    turns = []
-    for question, answers in history:
-        turns += [("Human", question), ("Assistant", answers[i])]
-    return turns
+def reply(speakers: list[Speaker], conversation: Conversation, question: str, args: Namespace,
+          is_again: bool = False):
+    """Prints the answers to a question, and goes on with them: each speaker with its own, or all of them with
+    the one that won the vote. is_again: it is the last question once more."""
+    turns = [conversation.turns(i, question, is_again) for i in range(len(speakers))]
+    if conversation.votes is None:
+        conversation.go_on(question, ask(speakers, turns, args)[0], None, is_again)
+    elif vote := vote_on(speakers, turns[0], args, conversation.votes):
+        better = winner(vote)
+        answers = None if better is None else [better] * len(speakers)
+        conversation.go_on(question, answers, vote, is_again)
 
 # ------------------------------------------------------------ votes
-def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteFile) -> str | None:
-    """Prints two answers without their models' names, asks which one is better, and writes the vote. Returns
-    the better answer, at a tie the left one, or None where there was no vote."""
+def vote_on(speakers: list[Speaker], turns: Turns, args: Namespace, votes: VoteFile) -> dict | None:
+    """Prints two answers without their models' names, and asks which one is better. Returns the vote, which
+    is written; None where an answer was stopped."""
     sides = hidden(speakers)
     texts, are_whole = ask(sides, [turns, turns], args)
     if not are_whole:
-        print("[stopped: there is no vote, and the question is forgotten]")
+        print("[stopped: there is no vote]")
         return None
     pair = Pair(turns, texts, [side.folder for side in sides])
     if texts[0] == texts[1]:
-        votes.add(pair, "s", args.temperature, args.seed)
         print("[both answers are the same: this counts as a skip]")
-        return texts[0]
-    key = ask_for_vote(pair, votes, args)
-    if pair.models[0] != pair.models[1]:
-        print(f"[{pair.names()}]")
-    return pair.winner(key)
+        return votes.add(pair, "s", args.temperature, args.seed)
+    vote = ask_for_vote(pair, votes, args)
+    if names := pair.names():
+        print(f"[{names}]")
+    return vote
 
 def vote_on_each(prompts: list[Record], speakers: list[Speaker], args: Namespace, votes: VoteFile):
     """Votes on answers to the prompts that have no vote yet. One whose vote is taken back comes again."""
-    left, passed_over = [record for record in prompts if not votes.was_asked(record.turns)], []
+    left, voted = [record for record in prompts if not votes.was_asked(record.turns)], []
     print(f"[{len(left)} of {len(prompts)} questions are left; Ctrl-D leaves]")
     with suppress(EOFError):
         while left:
-            text = "\n\n".join(f"{role}: {text}" for role, text in left[0].turns)
-            print(f"\n[{len(prompts) - len(left) + 1} of {len(prompts)}]  {without_controls(text)}\n")
+            record = left.pop(0)
+            text = "\n\n".join(f"{role}: {text}" for role, text in record.turns)
+            print(f"\n[{len(prompts) - len(left)} of {len(prompts)}]  {without_controls(text)}\n")
             try:
-                vote_on(speakers, left[0].turns, args, votes)
+                vote_on(speakers, record.turns, args, votes)
             except BadInput as error:
                 print(f"[{error}]")
-            if not votes.was_asked(left[0].turns):                 # too long, or stopped
-                passed_over.append(left[0])
-            left = [x for x in prompts if not votes.was_asked(x.turns) and x not in passed_over]
+            while voted and not votes.was_asked(voted[-1].turns):
+                left.insert(0, voted.pop())
+            if votes.was_asked(record.turns):                      # not where it is too long, or was stopped
+                voted.append(record)
     print()
     print_tally(votes)
 
 # ------------------------------------------------------------ commands
-def run_command(line: str, speakers: list[Speaker], history: History, args: Namespace,
-                votes: VoteFile | None):
+def run_command(line: str, speakers: list[Speaker], conversation: Conversation, args: Namespace):
     """Does what a line that begins with "/" asks for, and prints what was done. BadInput where it makes no
     sense."""
     name, _, value = line[1:].partition(" ")
@@ -202,34 +195,21 @@ def run_command(line: str, speakers: list[Speaker], history: History, args: Name
     elif name == "quit":
         raise EOFError                       # talk leaves, as it does when the input ends
     elif name == "votes":
-        print_tally(votes)
+        print_tally(conversation.votes)
     elif name == "undo":
-        print(f"[{forget_last(history, votes)}]")
+        print(f"[{conversation.undo()}]")
     elif name not in ("retry", "clear", "save"):
         raise BadInput(f"there is no command {line.split()[0]}; /help lists those there are")
-    elif not history:
+    elif not conversation.history:
         raise BadInput("nothing has been said yet")
     elif name == "save":
-        save(value, [{"model": speaker.folder, "messages": as_messages(turns_of(history, i))}
+        save(value, [{"model": speaker.folder, "messages": as_messages(conversation.turns(i))}
                      for i, speaker in enumerate(speakers)])
     elif name == "retry":                    # the old answer stays if the question cannot be answered again
-        *before, (question, _) = history
-        if answers := reply(speakers, before, question, args, votes):
-            history[-1] = (question, answers)
+        reply(speakers, conversation, conversation.history[-1][0], args, is_again=True)
     else:
-        history.clear()
+        conversation.clear()
         print("[forgotten]")
-
-def forget_last(history: History, votes: VoteFile | None) -> str:
-    """Forgets the last question and the votes on it, or a skip after it, which has left nothing to forget.
-    Returns what was done; BadInput where there is nothing to undo."""
-    asked = [*turns_of(history[:-1], 0), ("Human", history[-1][0])] if history else []
-    undone = votes.undo_on(asked) if votes else []
-    if not history and not undone:
-        raise BadInput("nothing has been said yet")
-    if not undone or undone[0]["prompt"] == as_messages(asked):
-        history.pop()
-    return "the vote is taken back" if undone else "forgotten"
 
 def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
     """The value of a setting that was typed. BadInput where it is no number, or out of range."""
@@ -244,18 +224,18 @@ def read_setting(name: str, value: str, speakers: list[Speaker]) -> float:
 # ------------------------------------------------------------ the program
 def talk(speakers: list[Speaker], args: Namespace, votes: VoteFile | None):
     """Reads questions and commands until the input ends."""
-    history = []
+    conversation = Conversation(votes)
     print("[/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves]")
     while True:
         try:
             print()
             line = input("Human: ").strip()  # input() prints it, so that readline knows the prompt's width
-            if votes and line == "u":        # typed after the vote that it is meant for
+            if votes and line.lower() in ("u", "undo"):            # after the vote that it is meant for
                 line = "/undo"
             if line.startswith("/"):
-                run_command(line, speakers, history, args, votes)
-            elif line and (answers := reply(speakers, history, line, args, votes)):
-                history.append((line, answers))
+                run_command(line, speakers, conversation, args)
+            elif line:
+                reply(speakers, conversation, line, args)
         except EOFError:
             print()
             return

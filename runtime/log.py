@@ -149,7 +149,7 @@ def in_words(metrics: dict[str, float]) -> str:
 
 def in_lines(metrics: dict[str, float]) -> str:
     """in_words, in several lines where the terminal is narrow."""
-    width = shutil.get_terminal_size((10**6, 0)).columns           # a file is as wide as can be
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     lines = []
     for words in in_words(metrics).split("  "):
         if lines and len(f"{lines[-1]}  {words}") < width:

@@ -13,16 +13,20 @@ from runtime.votes import KEYS, Pair, VoteFile, standing_votes, tally_lines
 
 WIDE = 100                                   # characters: a terminal where two answers stand side by side
 
-def show(names: list[str], streams: list[Iterator[str]], at_once: bool) -> tuple[list[str], bool]:
+def show(names: list[str], streams: list[Iterator[str]], at_once: bool,
+         needs_all: bool = False) -> tuple[list[str], bool]:
     """Prints the answers as their pieces come. Two of them, if they may come at once, stand side by side
     where the terminal is wide. Returns their texts, and whether they are whole: Ctrl-C stops an answer, not
-    the program."""
+    the program. needs_all: those after one that was stopped do not begin."""
     width = shutil.get_terminal_size().columns
     if at_once and len(names) == 2 and width >= WIDE:
         texts, are_whole = two_columns(names, streams, width)
     else:
-        texts, whole = zip(*map(one_column, names, streams), strict=True)
-        are_whole = all(whole)
+        texts, are_whole = [], True
+        for name, pieces in zip(names, streams, strict=True):
+            if are_whole or not needs_all:
+                text, is_whole = one_column(name, pieces)
+                texts, are_whole = [*texts, text], are_whole and is_whole
     return [text.strip() for text in texts], are_whole
 
 def one_column(name: str, pieces: Iterable[str]) -> tuple[str, bool]:
@@ -80,15 +84,14 @@ def save(file: str, rows: list[dict]):
     print(f"[saved to {without_controls(file)}]")
 
 # ------------------------------------------------------------ the vote
-def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> str:
-    """Reads lines until one of them is a vote that could be written, and returns its key."""
+def ask_for_vote(pair: Pair, votes: VoteFile, args: Namespace) -> dict:
+    """Reads lines until one of them is a vote that could be written, and returns the vote."""
     while True:
         try:
             line = input("\nBetter: a, b, t(ie), s(kip)? Or u, to undo the vote before: ").strip().lower()
-            line = {"tie": "t", "skip": "s", "undo": "u"}.get(line, line)
+            line = {"tie": "t", "skip": "s", "undo": "u", "/undo": "u"}.get(line, line)
             if line in KEYS:
-                votes.add(pair, line, args.temperature, args.seed)
-                return line
+                return votes.add(pair, line, args.temperature, args.seed)
             if line == "u":
                 print("[taken back]" if votes.undo() else "[there is no vote to take back]")
             elif line == "/votes":

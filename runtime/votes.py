@@ -39,13 +39,9 @@ class Pair:
     shown: float = field(default_factory=time.monotonic)
 
     def names(self) -> str:
-        """What is said after the vote."""
-        return without_controls(f"A was {self.models[0]}, B was {self.models[1]}")
-
-    def winner(self, key: str) -> str | None:
-        """The answer with which the conversation goes on after a vote: at a tie the left one, None after a
-        skip."""
-        return {"a": self.texts[0], "b": self.texts[1], "t": self.texts[0], "s": None}[key]
+        """What is said after the vote; "" where one model has answered twice."""
+        left, right = map(without_controls, self.models)
+        return "" if left == right else f"A was {left}, B was {right}"
 
 def open_votes(args: Namespace) -> "VoteFile | None":
     """The file of --vote. BadInput where the other flags do not go with it."""
@@ -111,24 +107,16 @@ class VoteFile:
         self.given.append(vote)
         return vote
 
-    def undo(self) -> dict | None:
-        """Takes this program's last vote back, and returns it; None where there is none."""
-        if not self.given:
+    def undo(self, vote: dict | None = None) -> dict | None:
+        """Takes a vote of this program back, by default the last one, and returns it; None where there is
+        none, or where it has been taken back already."""
+        vote = self.given[-1] if vote is None and self.given else vote
+        if vote not in self.given:
             return None
-        self.append({"undo": self.given[-1]["id"]})
-        self.asked[json.dumps(self.given[-1]["prompt"])] -= 1
-        return self.given.pop()
-
-    def undo_on(self, turns: list[tuple[str, str]]) -> list[dict]:
-        """Takes this program's last votes back where they are on this prompt: several, if it was answered
-        again. A skip of another prompt after them is taken back alone; so is any vote if there are no turns.
-        Returns what was taken back."""
-        prompt, undone = as_messages(turns), []
-        if self.given and self.given[-1]["prompt"] != prompt:
-            return [self.undo()] if self.given[-1]["vote"] == "s" or not turns else []
-        while self.given and self.given[-1]["prompt"] == prompt:
-            undone.append(self.undo())
-        return undone
+        self.append({"undo": vote["id"]})
+        self.asked[json.dumps(vote["prompt"])] -= 1
+        self.given.remove(vote)
+        return vote
 
     def append(self, row: dict):
         """Adds a line in one write, whole or not at all. A line that another program has left torn stays a
@@ -149,7 +137,7 @@ class VoteFile:
                     os.ftruncate(file.fileno(), size)
                     raise
         except OSError as error:
-            raise BadInput(f"{self.path}: the vote is not saved ({error.strerror or error}); vote again when "
+            raise BadInput(f"{self.path}: the vote is not saved ({error.strerror or error}); try again when "
                            f"it can be written") from None
 
 def ends_with_newline(path: Path, size: int) -> bool:
@@ -158,6 +146,55 @@ def ends_with_newline(path: Path, size: int) -> bool:
     with open(path, "rb") as file:
         file.seek(size - 1)
         return file.read(1) == b"\n"
+
+# ------------------------------------------------------------ conversations
+# For each question, the answers of all speakers.
+History = list[tuple[str, list[str]]]
+
+def winner(vote: dict) -> str | None:
+    """The answer with which a conversation goes on after a vote: at a tie the left one. None after a skip,
+    except where both answers are the same."""
+    if vote["vote"] == "s" and vote["left"] != vote["right"]:
+        return None
+    return vote["right" if vote["vote"] == "b" else "left"]
+
+@dataclass
+class Conversation:
+    """A conversation with one model or with two, in which every answer can be undone."""
+    votes: VoteFile | None = None
+    history: History = field(default_factory=list)
+    past: list[str] = field(default_factory=list)                  # the same as the page shows it
+    before: list[tuple[History, list[str], dict | None]] = field(default_factory=list)     # see go_on
+
+    def turns(self, i: int, question: str = "", is_again: bool = False) -> list[tuple[str, str]]:
+        """The turns (role, text) of the human and speaker i, up to a question where there is one. is_again:
+        it is the last one once more."""
+        turns = []
+        for asked, answers in self.history[:-1] if is_again else self.history:
+            turns += [("Human", asked), ("Assistant", answers[i])]
+        return [*turns, ("Human", question)] if question else turns
+
+    def go_on(self, question: str, answers: list[str] | None, vote: dict | None = None,
+              is_again: bool = False, shown: str = ""):
+        """Adds a question and its answers, which take the place of the last ones where is_again. None: the
+        question was skipped. `before` gets the conversation as it was, and the vote."""
+        self.before.append(([*self.history], [*self.past], vote))
+        if answers is not None:
+            at = slice(len(self.history) - is_again, None)
+            self.history[at], self.past[at] = [(question, answers)], [shown]
+
+    def undo(self) -> str:
+        """Goes back to the conversation before the last answer or skip, and takes the vote on it back.
+        Returns what was done; BadInput where there is nothing to undo."""
+        if not self.before:
+            raise BadInput("nothing has been said yet")
+        vote = self.before[-1][2]
+        is_undone = vote and self.votes.undo(vote)         # BadInput on a full disk: nothing has changed
+        self.history, self.past, _ = self.before.pop()
+        return f"the {'skip' if vote['vote'] == 's' else 'vote'} is taken back" if is_undone else "forgotten"
+
+    def clear(self):
+        self.history, self.past, self.before = [], [], []
 
 # ------------------------------------------------------------ reading
 def is_vote(row: object) -> bool:

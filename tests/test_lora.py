@@ -811,6 +811,17 @@ def test_lora_py_writes_the_config_that_the_trainers_write(base, tmp_path, merge
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "trained" / name).read_bytes(), name
 
 
+def test_lora_py_writes_the_ids_of_the_tokenizer_where_the_config_has_others(base, tmp_path, merge):
+    start = shutil.copytree(base, tmp_path / "start")
+    raw = json.loads((start / "config.json").read_text()) | {"bos_token_id": 5, "eos_token_id": 7}
+    (start / "config.json").write_text(json.dumps(raw))
+    save_adapter(with_adapter(load_model(start)), tmp_path / "adapter", "default", start, "CAUSAL_LM")
+    merge(tmp_path / "adapter", "--out", tmp_path / "merged")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "merged" / name).read_text())
+        assert (found["bos_token_id"], found["eos_token_id"]) == (1, 2)
+
+
 def test_lora_py_takes_the_base_by_flag(base, adapter, tmp_path, merge):
     expected = logits(load_model(adapter))
     edit_config(adapter, base_model_name_or_path="gone")

@@ -527,6 +527,14 @@ def test_a_rollout_is_one_batch_of_left_padded_prompts_and_right_padded_answers(
     assert batch.ids[~batch.mask].eq(0).all()
 
 
+def test_a_batch_is_as_wide_as_its_longest_answer(rolled, prompts, tokenizer):
+    roles, args, uniforms, batch = rolled(ONE)
+    ended = batch.ended & (batch.response_mask.sum(1) < NEW)
+    some = [prompt for prompt, has_ended in zip(prompts, ended, strict=True) if has_ended]
+    batch = rollout(roles, some, uniforms[ended], args, tokenizer)
+    assert batch.response_mask.shape[1] == batch.response_mask.sum(1).max() < NEW
+
+
 @pytest.mark.parametrize("case", [ONE, FOUR])
 def test_an_answer_is_what_the_actor_generates_for_its_prompt_alone(case, rolled, prompts, tokenizer):
     roles, args, uniforms, batch = rolled(case, moved=True)

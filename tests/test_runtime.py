@@ -311,12 +311,14 @@ def test_in_a_pipe_every_logged_step_is_a_line_and_on_a_terminal_only_evaluation
 
 
 def test_an_evaluation_breaks_between_metrics_where_the_terminal_is_narrow(log, capsys, monkeypatch):
-    narrow = "step 2\n  eval_score 0.1235\n  gold 0.5\n"
-    for columns, shown in ((40, "step 2  eval_score 0.1235  gold 0.5\n"), (25, narrow), (5, narrow),
+    narrow, whole = "step 2\n  eval_score 0.1235\n  gold 0.5\n", "step 2  eval_score 0.1235  gold 0.5\n"
+    for columns, shown in ((40, whole), (25, narrow), (5, narrow),
                            (30, "step 2  eval_score 0.1235\n  gold 0.5\n")):
         monkeypatch.setenv("COLUMNS", str(columns))
-        log.line(step=2, eval_score=0.123456, gold=0.5)
-        assert capsys.readouterr().out == shown
+        for is_terminal in (True, False):    # a file has lines of any length
+            monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+            log.line(step=2, eval_score=0.123456, gold=0.5)
+            assert capsys.readouterr().out == (shown if is_terminal else whole)
 
 
 def test_tokens_per_second_count_the_steps_alone(log, monkeypatch):

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -62,16 +63,10 @@ def test_a_vote_that_is_taken_back_stays_in_the_file_and_does_not_count(ballot):
     assert not ballot.was_asked(QUESTION) and not VoteFile(str(ballot.path)).was_asked(QUESTION)
 
 
-def test_an_undo_for_one_prompt_takes_all_votes_on_it_back_but_a_skip_of_another_alone(ballot):
-    who = [("Human", "Who?")]
-    assert ballot.undo_on(QUESTION) == ballot.undo_on([]) == []
-    for key, turns in (("b", who), ("a", QUESTION), ("s", QUESTION)):
-        ballot.add(pair(turns=turns), key, 1.0, None)
-    assert ballot.undo_on(who)[0]["vote"] == "s"                   # a skip that came after it
-    assert ballot.undo_on(who) == [] and len(ballot.given) == 2    # a vote that is not on it
-    ballot.add(pair(), "t", 1.0, None)
-    assert [vote["vote"] for vote in ballot.undo_on(QUESTION)] == ["t", "a"]
-    assert [vote["vote"] for vote in ballot.undo_on([])] == ["b"] and not votes.standing_votes(ballot.path)
+def test_an_undo_may_be_of_an_earlier_vote(ballot):
+    first, second = (ballot.add(pair(left=left), "a", 1.0, None) for left in ("so", "as"))
+    assert ballot.undo(first) is first and ballot.undo(first) is None
+    assert votes.standing_votes(ballot.path) == [second] and ballot.undo() is second
 
 
 def test_an_existing_file_is_continued_and_what_it_asked_is_known(ballot):
@@ -177,6 +172,19 @@ def test_a_torn_last_line_stays_a_line_of_its_own(ballot):
 def test_sides_are_drawn_by_lot():
     drawn = Counter(tuple(votes.draw_sides()) for _ in range(400))
     assert drawn.keys() == {(0, 1), (1, 0)} and 120 < drawn[0, 1] < 280      # 8 standard deviations
+
+
+# -------------------------------------------------------------------------------------- conversations
+def test_a_conversation_holds_the_answers_of_each_speaker_and_the_last_ones_again():
+    talk = votes.Conversation()
+    for answers, is_again in ((["a", "b"], False), (["c", "d"], False), (["e", "f"], True)):
+        talk.go_on("why" if is_again or answers[0] == "c" else "who", answers, None, is_again)
+    who, why = ("Human", "who"), ("Human", "why")
+    assert talk.turns(1, "and") == [who, ("Assistant", "b"), why, ("Assistant", "f"), ("Human", "and")]
+    assert talk.turns(0, "why", is_again=True) == [who, ("Assistant", "a"), why]
+    assert talk.undo() == "forgotten" and talk.turns(1) == [who, ("Assistant", "b"), why, ("Assistant", "d")]
+    talk.clear()
+    assert talk.turns(0) == [] and talk.past == []
 
 
 # -------------------------------------------------------------------------------------- as data
@@ -362,29 +370,67 @@ def test_a_stopped_answer_is_not_offered(vote, monkeypatch):
         yield "so"
         raise KeyboardInterrupt
     monkeypatch.setattr(chat, "answer", stopped)
-    assert "[stopped: there is no vote" in vote("why\n") and not vote.file.read_text()
+    shown = vote("why\n")
+    assert "[stopped: there is no vote" in shown and not vote.file.read_text()
+    assert "A: so" in shown and "B: so" not in shown                # the other answer does not begin
 
 
 def test_undo_takes_the_vote_back_at_the_next_vote_and_between_questions(vote, talk):
     shown = vote("why\na\nand\nu\nu\nb\n/undo\nu\nwho\na\n")
     ids = [row.get("id") or row["undo"] for row in lines(vote.file)]
     assert ids[1] == ids[0] and ids[3] == ids[2] and len(ids) == 5
-    assert shown.count("taken back") == 2 and "[there is no vote to take back]" in shown
+    assert shown.count("taken back") == 2 and "[forgotten]" in shown
+    assert "[there is no vote to take back]" in shown
     assert lines(vote.file)[-1]["prompt"] == [{"role": "user", "content": "who"}]      # both are forgotten
 
 
 def test_undo_after_a_skip_takes_the_skip_back_and_nothing_else(vote):
-    vote("why\na\nand\ns\nu\nthen\na\n")
+    shown = vote("why\na\nand\ns\nU\nthen\na\n")
     assert [row.get("vote") for row in lines(vote.file)] == ["a", "s", None, "a"]
     assert len(lines(vote.file)[3]["prompt"]) == 3                 # "why" is still in the conversation
+    assert "[the skip is taken back]" in shown
 
 
-def test_undo_of_a_question_that_was_asked_again_takes_both_votes_back(vote):
-    shown = vote("why\na\n/retry\nb\nu\nand\nt\n/clear\nu\nu\n")
+def test_undo_of_a_retry_brings_the_answer_before_it_back(vote):
+    shown = vote("why\na\n/retry\nb\nu\nand\nt\n/undo\n/undo\nundo\n")
     rows = lines(vote.file)
-    assert [row.get("vote") for row in rows] == ["a", "b", None, None, "t", None]
-    assert len(rows[4]["prompt"]) == 1 and shown.count("[the vote is taken back]") == 2
+    assert [row.get("vote") for row in rows] == ["a", "b", None, "t", None, None]
+    assert rows[3]["prompt"][1]["content"] == rows[0]["chosen"]
+    assert rows[5]["undo"] == rows[0]["id"] and shown.count("[the vote is taken back]") == 3
+    assert "[nothing has been said yet]" in shown
+
+
+def test_undo_does_not_reach_into_the_conversation_before(vote):
+    shown = vote("why\na\n/clear\nwhy\nb\nu\nu\n")
+    assert [row["vote"] for row in votes.standing_votes(vote.file)] == ["a"]
     assert shown.rstrip().endswith("[nothing has been said yet]\n\nHuman:")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_undo_goes_back_through_all_that_was_done(seed, ballot):
+    rng, talk, states, early = random.Random(seed), votes.Conversation(ballot), [], set()
+    def standing():
+        return {row["id"] for row in votes.standing_votes(ballot.path)}
+    for n in range(80):
+        act = rng.choice(["ask", "ask", "again", "undo", "undo early", "clear"] if n < 60 else ["undo"])
+        if act == "undo" and states:
+            history, ids = states.pop()
+            talk.undo()
+            assert talk.history == history and standing() == ids - early
+        elif act == "clear" and rng.random() < 0.2:
+            talk.clear()
+            states = []
+        elif act == "undo early" and (vote := ballot.undo()):      # at the next vote; the answer stays
+            early.add(vote["id"])
+        elif act == "ask" or act == "again" and talk.history:
+            states.append(([*talk.history], standing()))
+            is_again = act == "again"
+            question = talk.history[-1][0] if is_again else f"question {rng.randrange(3)}"
+            turns = talk.turns(0, question, is_again)
+            vote = ballot.add(pair(left=f"answer {n}", turns=turns), rng.choice("abts"), 1.0, None)
+            better = votes.winner(vote)
+            talk.go_on(question, None if better is None else [better] * 2, vote, is_again)
+    assert not states and talk.history == []
 
 
 def test_the_name_of_a_model_that_answered_twice_is_not_said(vote, base):

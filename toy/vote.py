@@ -36,7 +36,7 @@ from toy.show import before_and_after, chosen_rows, paragraph, side_by_side
 SFT, REWARD, RUNS = Path("runs/toy/sft"), Path("runs/toy/reward"), Path("runs/toy/vote")
 SEED = 1234
 MOST = sum(len(world.questions(fact)) for fact in world.FACTS)     # as many questions as are trained on
-FEWEST = 10                                  # votes for one of two answers from which something is learned
+FEWEST, LEAST = 10, 5                        # questions; votes for one of two answers, to learn from
 HELD_OUT = 100                               # votes of a rule on held-out questions
 
 PERSON = """Step 1: your votes (some minutes)
@@ -58,7 +58,7 @@ ALONE = """A copy of the SFT model, which does not know yet which answers are ri
 that learns from the votes alone."""
 PPO = """Step 3: reinforcement learning with PPO (about a minute)
 The SFT model answers questions, the reward model scores the answers, and PPO makes answers with a high score
-more likely. The KL term and the rates are the demo's. No step is trained on the true reward (gold)."""
+more likely. The KL term and the rates are the demo's. PPO does not see the true reward (gold)."""
 COMPARISON = """Step 4: the comparison
 Answers to held-out questions before PPO and after it, sampled at temperature 1, each with its true reward
 (gold): right and friendly 1, right and curt 0.6, unsure 0.2, wrong 0.1, rude or broken 0. That is the demo's
@@ -113,32 +113,31 @@ def person_votes(n: int, folder: Path) -> bool:
     questions = shuffled_questions(MADE / "prompts.jsonl", SEED)[:n]         # a larger n adds questions
     file, votes = folder / "questions.jsonl", folder / "votes.jsonl"
     file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
-    if last_asked(votes, questions) < n:
+    if unasked(votes, questions):
         tell(PERSON.format(n=n))
         show(["python", "chat.py", "--model", str(SFT), "--versus", str(SFT), "--vote", str(votes),
               "--prompts", str(file), "--temperature", "1", "--top-p", "1", "--max-tokens", "40"])
     else:
         tell(VOTED.format(n=n, votes=votes, folder=folder))
-    last = last_asked(votes, questions)
-    if last < n:
-        said = f"You left after {last} of {n} questions. ./run.sh vote with the same flags goes on there."
-        if len(decided(folder)) >= FEWEST:
-            said += f" With --votes {last}, it learns from the votes so far."
+    if left := unasked(votes, questions):
+        said = f"{len(left)} of {n} questions have no vote yet. ./run.sh vote goes on with them."
+        if left[0] >= FEWEST and len(decided(folder)) >= LEAST:
+            said += f" With --votes {left[0]}, it learns from the votes so far."
         tell(said)
-    return last == n
+    return not left
 
-def last_asked(votes: Path, questions: list[str]) -> int:
-    """The number of the last question that has a vote, or 0. Those before it have votes too."""
+def unasked(votes: Path, questions: list[str]) -> list[int]:
+    """The places of the questions that have no vote, and have not been skipped either."""
     was_asked = VoteFile(str(votes)).was_asked
-    return max((i for i, question in enumerate(questions, 1) if was_asked([("Human", question)])), default=0)
+    return [i for i, question in enumerate(questions) if not was_asked([("Human", question)])]
 
 def divide(folder: Path) -> int:
     """Deals the votes for one of two answers to two files, every fifth one to held-out.jsonl, the others to
     learn.jsonl. Returns their number; BadInput where they are too few."""
     votes = decided(folder)
-    if len(votes) < FEWEST:
+    if len(votes) < LEAST:
         raise BadInput(f"{folder / 'votes.jsonl'}: holds {len(votes)} votes for one of two answers (ties and "
-                       f"skips do not count), and {FEWEST} are the fewest to learn from; vote on more "
+                       f"skips do not count), and {LEAST} are the fewest to learn from; vote on more "
                        f"questions, with a larger --votes")
     sides = {"held-out": votes[4::5], "learn": [vote for i, vote in enumerate(votes) if i % 5 != 4]}
     for name, dealt in sides.items():

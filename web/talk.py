@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from chat import History, Speaker, forget_last, read_setting, start_answers, turns_of
+from chat import Speaker, read_setting, start_answers
 from data import Record
 from runtime.errors import BadInput, as_html
-from runtime.votes import Pair, VoteFile, check_vote, hidden
+from runtime.votes import Conversation, Pair, VoteFile, check_vote, hidden, winner
 
 SECONDS_BETWEEN_UPDATES = 0.05               # of an answer that is being written
 
@@ -25,11 +25,8 @@ class Site:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 @dataclass
-class Talk:
+class Talk(Conversation):
     """The conversation of one browser. While is_busy, answers to `question` are written into `texts`."""
-    votes: VoteFile | None
-    history: History = field(default_factory=list)
-    past: list[str] = field(default_factory=list)                  # the same as HTML, with the names
     question: str = ""                       # "" where nothing is being answered or waits for a vote
     names: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -59,8 +56,7 @@ class Talk:
         """Writes the answers, and yields now and then, so that they can be shown. The network is free again
         when this has ended, or is closed because the browser has gone."""
         speakers = hidden(site.speakers) if self.votes else site.speakers
-        before = self.history[:-1] if self.is_again else self.history
-        turns = [[*turns_of(before, i), ("Human", self.question)] for i in range(len(speakers))]
+        turns = [self.turns(i, self.question, self.is_again) for i in range(len(speakers))]
         self.names, self.texts = [speaker.name for speaker in speakers], [""] * len(speakers)
         self.temperature, shown = args.temperature, 0.0
         try:
@@ -82,19 +78,14 @@ class Talk:
         self.texts = pair.texts = [text.strip() for text in self.texts]
         self.is_busy = False
         if self.votes and self.is_stopped:
-            self.tell("stopped: there is no vote, and the question is forgotten")
+            self.tell("stopped: there is no vote")
         elif self.votes and self.texts[0] != self.texts[1]:
             self.pair = pair
         else:
             if self.votes:
-                self.votes.add(pair, "s", self.temperature, seed)
                 self.tell("both answers are the same: this counts as a skip")
-            self.go_on(self.texts)
-
-    def go_on(self, answers: list[str], chosen: int = -1):
-        """Adds the question and its answers to the conversation."""
-        at = slice(len(self.history) - self.is_again, None)
-        self.history[at], self.past[at] = [(self.question, answers)], [self.as_html(chosen)]
+            vote = self.votes and self.votes.add(pair, "s", self.temperature, seed)
+            self.go_on(self.question, self.texts, vote, self.is_again, self.as_html())
 
     def tell(self, line: str):
         self.message = f"{self.message}. {line.strip('[]')}".removeprefix(". ")
@@ -103,25 +94,25 @@ class Talk:
         """Writes the vote. BadInput where it cannot be written; the two answers then wait for another try."""
         if not self.pair:
             raise BadInput("there are no two answers to vote on")
-        self.votes.add(self.pair, key, self.temperature, seed)
+        vote = self.votes.add(self.pair, key, self.temperature, seed)
         self.message, self.names = self.pair.names(), self.pair.models
-        if (winner := self.pair.winner(key)) is not None:
-            self.go_on([winner] * 2, "ab".find(key))
+        answers = None if key == "s" else [winner(vote)] * 2
+        self.go_on(self.question, answers, vote, self.is_again, self.as_html("ab".find(key)))
         self.pair, self.question = None, ""
 
     def undo(self):
-        """While two answers wait, takes the vote before back. Else forgets the last question and its vote."""
+        """While two answers wait, takes the vote before back. Else goes back to before the last answer."""
         self.check_idle()
         if self.pair:
             self.message = "the last vote is taken back" if self.votes.undo() else "there is no vote yet"
         else:
-            self.message = forget_last(self.history, self.votes)
-            del self.past[len(self.history):]
+            self.message = super().undo()
 
     def clear(self):
         """Begins a new conversation. Two answers that wait get no vote."""
         self.check_idle()
-        self.history, self.past, self.pair, self.question, self.message = [], [], None, "", ""
+        super().clear()
+        self.pair, self.question, self.message = None, "", ""
 
     def as_html(self, chosen: int = -1) -> str:
         """The question and the answers as they are now. chosen: which one has won the vote, 0 or 1."""
