@@ -118,8 +118,9 @@ case "${1:-}" in
     test)
         environment requirements.txt web/requirements.txt tests/requirements.txt
         shift
-        echo "+ python -m pytest tests $*"
-        exec .venv/bin/python -m pytest tests "$@" ;;
+        # two files of tests at a time; -n 0 for one, as a debugger needs it
+        echo "+ python -m pytest tests -n 2 --dist loadfile $*"
+        exec .venv/bin/python -m pytest tests -n 2 --dist loadfile "$@" ;;
     faults)
         environment requirements.txt web/requirements.txt tests/requirements.txt
         shift
