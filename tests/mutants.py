@@ -512,6 +512,7 @@ FAULTS = [
     vote("SEED)[:n]", "SEED + n)[:n]"),
     vote("if unasked(votes, questions):", "if True:"),
     vote("votes[4::5]", "votes[::5]"),
+    vote(' and vote["left"] and vote["right"]]', "]"),
     vote("if chosen != rejected:", "if True:"),
     vote("SFT if alone else REWARD", "SFT"),
     vote("except KeyboardInterrupt as error:", "except ZeroDivisionError as error:"),

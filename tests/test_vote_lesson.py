@@ -163,6 +163,16 @@ def test_a_fifth_of_the_votes_is_held_out_and_no_vote_is_on_both_sides(chatting)
     assert len({row["id"] for row in learn + held_out}) == 18
 
 
+def test_a_vote_on_an_empty_answer_is_on_neither_side(chatting):
+    chatting.keys += "ab" * 5
+    toy.vote.person_votes(10, chatting.folder)
+    rows = lines(chatting.folder / "votes.jsonl")
+    rows[4]["right"] = ""
+    write(chatting.folder / "votes.jsonl", rows)
+    assert toy.vote.divide(chatting.folder) == 9
+    assert rows[4]["id"] not in (chatting.folder / "held-out.jsonl").read_text()
+
+
 def test_too_few_votes_are_bad_input_that_says_what_to_do(chatting):
     chatting.keys += "abtstststststa" + "tttttt"
     toy.vote.person_votes(20, chatting.folder)

@@ -145,8 +145,9 @@ def divide(folder: Path) -> int:
     return len(votes)
 
 def decided(folder: Path) -> list[dict]:
-    """The votes for one of two answers."""
-    return [vote for vote in standing_votes(folder / "votes.jsonl") if vote["vote"] in ("a", "b")]
+    """The votes for one of two answers, neither of which is empty: reward.py leaves such pairs out."""
+    return [vote for vote in standing_votes(folder / "votes.jsonl")
+            if vote["vote"] in ("a", "b") and vote["left"] and vote["right"]]
 
 def rule_votes(rule: str, n: int, folder: Path, seed: int) -> int:
     """Lets a rule prefer one of two answers n times, to learn from, and HELD_OUT times on held-out questions.
