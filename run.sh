@@ -125,8 +125,8 @@ case "${1:-}" in
         environment requirements.txt web/requirements.txt tests/requirements.txt
         shift
         if [ "${1:-}" = --sample ]; then
-            show python -m pytest tests --sample 6
-            show python tests/mutants.py --sample 6 --seed "$RANDOM"
+            show python -m pytest tests --sample 3
+            show python tests/mutants.py --sample 4 --seed "$RANDOM"
         else
             show python -m pytest tests/test_{faults,fuzz,machines,memory,clusters,soak,trainers,bad_input,toy,bench,gpu_script,adapters}.py -m slow --full -rs -s "$@"
             show python tests/mutants.py
