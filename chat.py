@@ -253,7 +253,7 @@ def load_speakers(args: Namespace) -> list[Speaker]:
                   for folder, base in zip(folders, bases, strict=True)]
     speakers = []
     for folder, base, tokenizer in zip(folders, bases, tokenizers, strict=True):
-        name = folder if args.versus else "Assistant" if args.prompt is None else ""         # before answers
+        name = folder if args.versus else "Assistant" if args.prompt is None else ""
         is_loaded = speakers and Path(folder).resolve() == Path(speakers[0].folder).resolve()
         model = speakers[0].model if is_loaded else load_network(folder, base, tokenizer)
         speakers.append(Speaker(without_controls(name), folder, model, tokenizer))

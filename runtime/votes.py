@@ -1,4 +1,5 @@
-"""Votes of people between two answers: the file, the tally, and the models in order of strength.
+"""Votes of people between two answers: the file, the conversations that they are given in, the tally, and
+the models in order of strength.
 
 A file of votes has one JSON object per line. It is only ever appended to, each line in one write, so several
 programs can write to the same file. {"undo": id} takes the vote with that id back. chat.py and the web page

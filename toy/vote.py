@@ -36,7 +36,8 @@ from toy.show import before_and_after, chosen_rows, paragraph, side_by_side
 SFT, REWARD, RUNS = Path("runs/toy/sft"), Path("runs/toy/reward"), Path("runs/toy/vote")
 SEED = 1234
 MOST = sum(len(world.questions(fact)) for fact in world.FACTS)     # as many questions as are trained on
-FEWEST, LEAST = 10, 5                        # questions; votes for one of two answers, to learn from
+FEWEST_QUESTIONS = 10
+FEWEST_VOTES = 5                             # for one of two answers, to learn from and to hold out
 HELD_OUT = 100                               # votes of a rule on held-out questions
 
 PERSON = """Step 1: your votes (some minutes)
@@ -68,7 +69,8 @@ def get_args() -> Namespace:
     flags = Flags("A reward model learns from your votes, and PPO follows.")
     flags.prog = "python -m toy.vote"
     add = flags.group("votes")
-    add("--votes", type=number(FEWEST, MOST, int), default=50, metavar="N", help="questions that you vote on")
+    add("--votes", type=number(FEWEST_QUESTIONS, MOST, int), default=50, metavar="N",
+        help="questions that you vote on")
     add("--as", dest="rule", choices=RULES, help="a rule that votes in your place, N times")
     add("--alone", action="store_true", help="learn from the votes alone, from the SFT model")
     return flags.parse_args()
@@ -121,7 +123,7 @@ def person_votes(n: int, folder: Path) -> bool:
         tell(VOTED.format(n=n, votes=votes, folder=folder))
     if left := unasked(votes, questions):
         said = f"{len(left)} of {n} questions have no vote yet. ./run.sh vote goes on with them."
-        if left[0] >= FEWEST and len(decided(folder)) >= LEAST:
+        if left[0] >= FEWEST_QUESTIONS and len(decided(folder)) >= FEWEST_VOTES:
             said += f" With --votes {left[0]}, it learns from the votes so far."
         tell(said)
     return not left
@@ -135,9 +137,9 @@ def divide(folder: Path) -> int:
     """Deals the votes for one of two answers to two files, every fifth one to held-out.jsonl, the others to
     learn.jsonl. Returns their number; BadInput where they are too few."""
     votes = decided(folder)
-    if len(votes) < LEAST:
+    if len(votes) < FEWEST_VOTES:
         raise BadInput(f"{folder / 'votes.jsonl'}: holds {len(votes)} votes for one of two answers (ties and "
-                       f"skips do not count), and {LEAST} are the fewest to learn from; vote on more "
+                       f"skips do not count), and {FEWEST_VOTES} are the fewest to learn from; vote on more "
                        f"questions, with a larger --votes")
     sides = {"held-out": votes[4::5], "learn": [vote for i, vote in enumerate(votes) if i % 5 != 4]}
     for name, dealt in sides.items():
